@@ -1,0 +1,262 @@
+"""One experiment as data: typed settings, read from YAML, checked, and hashed by content.
+
+Every open point of the paper is a field here, with the default that the README's table of interpretations gives.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from lcco.common import LCCoError, digest
+
+C = TypeVar("C")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What a model is trained on. Names are resolved by `lcco.data.load_data`; a path works as well."""
+
+    train: tuple[str, ...] = ("voc_train",)
+    holdout: tuple[str, ...] = ("voc_val",)  # held-out part of the training fold; chooses the checkpoint
+    size: int = 224  # images are squashed to size × size, as the peers do
+    groups: int = 4  # groups a step
+    group_size: int = 5  # images a group, N
+    class_sampling: Literal["uniform", "sqrt", "proportional"] = "uniform"  # P(class) ∝ 1, √count, count
+    paired: float = 0.0  # share of groups drawn from images that hold a second class (lcco.data.GroupSampler)
+    absent: float = 0.0  # chance that one image of a group lacks the object (its truth is then empty)
+    flip: bool = False
+    crop: float = 1.0  # smallest side of a random crop, as a share; 1 = no crop (needs a live backbone)
+
+
+@dataclass(frozen=True)
+class TowerConfig:
+    """The frozen image–text model, the vocabulary and the prompts (P = number of words)."""
+
+    kind: Literal["openclip", "conse"] = "openclip"
+    model: str = "ViT-B-16-quickgelu"
+    weights: str | None = "openai"  # a pre-trained tag, a local file, "package" (shipped with lcco), null = random
+    vocabulary: str = "coco80"  # coco80, voc20, imagenet1k, glyphs, or a text file, one class a line
+    templates: tuple[str, ...] = ("a photo of a {}.",)  # embeddings are averaged over templates
+    temperature: float = 1.0  # ConSE: softmax temperature of the classifier
+    top: int = 10  # ConSE: how many of the classifier's classes are mixed
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The segmentation network and its three modules. Baseline = the three switches off."""
+
+    backbone: str = "resnet50"
+    weights: str | None = "imagenet"  # "imagenet" (hub), "package", a local file, null = random
+    frozen_stages: int = 0  # leading backbone stages (of 4) that are not trained; 4 = frozen backbone
+    width: int = 256  # channels of the top-down path
+    isfc: bool = True
+    clip_interaction: bool = True
+    clip_regularization: bool = True
+    isfc_softmax: Literal["neighbours", "channels"] = "neighbours"
+    placement: Literal["decoder", "encoder"] = "decoder"
+    strides: tuple[int, int, int] = (32, 16, 8)  # where F1, F2, F3 sit in the decoder
+    modulation_residual: bool = False
+    mlp3_skip: bool = False  # MLP3 adds its input to its output
+    heads: int = 4
+    k: int = 5  # distilled prompts
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Eq. 9's weights and the open points of Eq. 12."""
+
+    lambda_cs: float = 1.0
+    lambda_c: float = 1.0
+    lc_reduction: Literal["mean", "sum"] = "mean"
+    mask_background: Literal["zero", "mean"] = "zero"  # v^gt: what stands outside the true mask
+    bce: float = 0.0  # Deviation: weight of a pixel-wise BCE beside Eq. 10; 0 = the paper
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The optimiser. Not stated in the paper; defaults after the code it builds on."""
+
+    steps: int = 100_000
+    lr: float = 1e-4
+    backbone_lr: float = 1e-5
+    weight_decay: float = 1e-6
+    warmup: int = 0
+    schedule: Literal["halving", "cosine"] = "halving"
+    halve_every: int = 20_000
+    clip: float = 0.0  # gradient norm bound; 0 = none
+    ema: float = 0.0  # decay of the weights' moving average used for evaluation; 0 = none
+    precision: Literal["no", "bf16"] = "no"
+    eval_every: int = 5_000
+    checkpoint: Literal["last", "best"] = "best"  # which one is evaluated; best = on `data.holdout`
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything that decides a training run; two runs with the same `hash` are the same run."""
+
+    name: str = "lcco"
+    seed: int = 0
+    data: DataConfig = field(default_factory=DataConfig)
+    tower: TowerConfig = field(default_factory=TowerConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    @property
+    def hash(self) -> str:
+        """Content hash over every field but the name."""
+        return digest({k: v for k, v in asdict(self).items() if k != "name"}, 10)
+
+    def replace(self, changes: dict[str, Any] | None = None, **top: Any) -> Experiment:
+        """A copy with dotted settings changed: `replace({"model.k": 3}, seed=1)`.
+
+        Raises: LCCoError naming an unknown setting, or a value of the wrong type, and the mend.
+        """
+        tree = asdict(self)
+        for key, value in {**(changes or {}), **top}.items():
+            node, (*parents, leaf) = tree, key.split(".")
+            for parent in parents:
+                node = node.get(parent) if isinstance(node, dict) else None
+            if not isinstance(node, dict) or leaf not in node:
+                raise LCCoError(f"unknown setting `{key}`{_nearest(key, self.settings())}")
+            node[leaf] = value
+        return build(Experiment, tree)
+
+    @classmethod
+    def settings(cls) -> list[str]:
+        """Every setting's dotted name."""
+        return list(_leaves(cls))
+
+
+def _leaves(cls: type, prefix: str = "") -> typing.Iterator[str]:
+    for f, kind in _fields(cls).items():
+        if dataclasses.is_dataclass(kind):
+            yield from _leaves(kind, f"{prefix}{f}.")
+        else:
+            yield prefix + f
+
+
+def _fields(cls: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
+
+
+def _nearest(word: str, known: typing.Iterable[str]) -> str:
+    known = list(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5) or [
+        k for k in known if k.rsplit(".", 1)[-1] == word.rsplit(".", 1)[-1]
+    ]
+    return f"; did you mean `{close[0]}`?" if close else f"; known: {', '.join(known)}"
+
+
+def build(cls: type[C], values: Any, where: str = "") -> C:
+    """Build a settings dataclass from a plain mapping, checking names and types.
+
+    Raises: LCCoError naming the key, what it holds, and what it may hold.
+    """
+    if not isinstance(values, dict):
+        raise LCCoError(f"`{where or cls.__name__}` must be a mapping of settings, not {values!r}")
+    kinds = _fields(cls)
+    for key in values:
+        if key not in kinds:
+            raise LCCoError(f"unknown setting `{where}{key}`{_nearest(str(key), kinds)}")
+    return cls(**{k: _coerce(v, kinds[k], f"{where}{k}") for k, v in values.items()})
+
+
+def _coerce(value: Any, kind: Any, key: str) -> Any:
+    """`value` as `kind`, or a LCCoError; papermill's -p gives text, so text is parsed where a number or flag is due."""
+    if dataclasses.is_dataclass(kind):
+        return build(kind, value, f"{key}.")
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        if value in args:
+            return value
+        raise LCCoError(f"`{key}` is {value!r}; it must be one of {', '.join(map(repr, args))}")
+    if origin in (types.UnionType, typing.Union):
+        if value is None or (isinstance(value, str) and value.lower() in ("null", "none", "~")):
+            return None
+        return _coerce(value, next(a for a in args if a is not type(None)), key)
+    if origin is tuple:
+        if isinstance(value, str) and args[0] is str:
+            value = [value]
+        if not isinstance(value, (list, tuple)):
+            raise LCCoError(f"`{key}` is {value!r}; it must be a list")
+        if args[-1] is not Ellipsis and len(value) != len(args):
+            raise LCCoError(f"`{key}` has {len(value)} values; it must have {len(args)}")
+        return tuple(_coerce(v, args[0], f"{key}[{n}]") for n, v in enumerate(value))
+    if kind is bool:
+        word = str(value).lower()
+        if isinstance(value, bool) or word in ("true", "false"):
+            return word == "true"
+    elif kind in (int, float):
+        with_value = None if isinstance(value, bool) else value
+        try:
+            number = kind(with_value)
+        except (TypeError, ValueError):
+            pass
+        else:
+            if number == float(with_value):
+                return number
+    elif kind is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        return str(value)
+    raise LCCoError(f"`{key}` is {value!r}; it must be {'true or false' if kind is bool else kind.__name__}")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping from a file.
+
+    Raises: LCCoError naming the file (and the line, when it does not parse).
+    """
+    import yaml
+
+    try:
+        value = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise LCCoError(f"{path}: no such file") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise LCCoError(f"{path}: not valid YAML{f' at line {mark.line + 1}' if mark else ''}") from None
+    if not isinstance(value, dict):
+        raise LCCoError(f"{path}: must hold a mapping of settings")
+    return value
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A size at which the whole paper is run: one base experiment, the sets it is tested on, seeds and protocols."""
+
+    name: str
+    about: str = ""
+    experiment: Experiment = field(default_factory=Experiment)
+    tests: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = (0,)
+    protocols: tuple[str, ...] = ("ufo", "native")
+    group_size: int = 5
+    baseline: dict[str, Any] = field(default_factory=dict)  # what the Baseline changes beside the three switches
+    ablation_seeds: tuple[int, ...] = (0,)  # seeds of the ablation rows
+    ablation_test: str = ""  # the set in the place of iCoseg
+
+
+def load_profile(profile: str | Path) -> Profile:
+    """The profile of that name (`notebooks/profiles/<name>.yaml`) or file.
+
+    Raises: LCCoError naming the file, or the profiles there are.
+    """
+    from lcco.common import project_root
+
+    folder = project_root() / "notebooks" / "profiles"
+    path = Path(profile) if str(profile).endswith((".yaml", ".yml")) else folder / f"{profile}.yaml"
+    if not path.is_file():
+        known = sorted(p.stem for p in folder.glob("*.yaml"))
+        raise LCCoError(f"no profile `{profile}`; there are: {', '.join(known) or f'none in {folder}'}")
+    values = {"name": path.stem, **read_yaml(path)}
+    try:
+        return build(Profile, values)
+    except LCCoError as error:
+        raise LCCoError(f"{path}: {error}") from None
