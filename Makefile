@@ -1,0 +1,45 @@
+# Needs python3 (3.10 or newer), make and git. Everything else goes into .venv.
+PYTHON ?= python3
+PROFILE ?= embedded
+# for example PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu" for the small CPU build of torch
+PIP_ARGS ?=
+BIN := .venv/bin
+STAMP := .venv/installed
+
+.PHONY: help venv reproduce test lint clean
+
+help:
+	@echo "make venv       install lcco and what it needs into .venv (once; again when pyproject.toml changes)"
+	@echo "make reproduce  run every notebook at PROFILE=embedded; tables, figures, report in results/embedded/"
+	@echo "make test       run the tests; LCCO_DATA=<folder> adds those on real photographs"
+	@echo "make lint       check code and notebooks with ruff"
+	@echo "make clean      remove caches; keeps .venv, runs/ and results/"
+
+venv: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@echo "== installing lcco into .venv (once; some minutes, torch is large)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo "lcco needs Python 3.10 or newer: make venv PYTHON=python3.11"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv \
+		|| { echo "python3 has no venv: install python3-venv (Debian, Ubuntu)"; rm -rf .venv; exit 1; }
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -e ".[test]"
+	@touch $@
+	@echo "== installed: $(BIN)/lcco --help"
+
+reproduce: venv
+	@echo "== running the paper at profile $(PROFILE); interrupted, start it again: nothing is redone"
+	$(BIN)/lcco reproduce --profile $(PROFILE)
+
+test: venv
+	@echo "== tests$(if $(LCCO_DATA),, (LCCO_DATA is not set: those on real photographs skip))"
+	$(BIN)/python -m pytest
+
+lint: venv
+	@echo "== ruff over code and notebooks"
+	$(BIN)/ruff check .
+
+clean:
+	@echo "== removing caches"
+	rm -rf cache .pytest_cache .ruff_cache build *.egg-info
+	find lcco tests -name __pycache__ -prune -exec rm -rf {} +

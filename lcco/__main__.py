@@ -1,0 +1,5 @@
+"""`python -m lcco` is `lcco`."""
+
+from lcco.cli import main
+
+raise SystemExit(main())
