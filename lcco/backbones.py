@@ -80,8 +80,11 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Images [M, 3, H, W], RGB in 0..1, not normalised → maps [M, channels[i], H/s, W/s], s = 4, 8, 16, 32."""
-        x = ((images - self._mean) / self._std).contiguous(memory_format=torch.channels_last)
-        return self.tail([self.stages[0](x)])
+        return self.tail([self.stages[0](self.normalise(images))])
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Images in 0..1 → what the first stage takes."""
+        return ((images - self._mean) / self._std).contiguous(memory_format=torch.channels_last)
 
     def tail(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """The four maps, given the leading one to four of them: runs the stages that remain."""
