@@ -134,7 +134,7 @@ def classifier(name: str, weights: str | None, classes: int | None = None) -> nn
         raise LCCoError(f"`model.backbone` is {name!r}; it must be one of {', '.join(BACKBONES)}")
     state = source = None
     if weights is not None:  # before the network is built: a mistake shows at once
-        source = _weights_file(name, weights)
+        source = weights_file(name, weights)
         state = read_tensors(source)
     net = _network(name, classes or 1000)
     if state is not None:
@@ -156,7 +156,8 @@ def _network(name: str, classes: int) -> nn.Module:
     return ResNet(BasicBlock, layers=(1, 1, 1, 1), channels=_SPECS[name][0], stem_width=32, num_classes=classes)
 
 
-def _weights_file(name: str, weights: str) -> Path:
+def weights_file(name: str, weights: str) -> Path:
+    """The file behind "imagenet", "package" or a path; a hub file is downloaded once."""
     if weights == "imagenet":
         if not name.startswith("resnet"):
             raise LCCoError(f"`model.weights: imagenet` is for the ResNets; for {name} use `package` or a local file")
