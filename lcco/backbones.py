@@ -126,7 +126,7 @@ def make_backbone(name: str, weights: str | None, frozen_stages: int = 0) -> Bac
 def classifier(name: str, weights: str | None, classes: int | None = None) -> nn.Module:
     """The whole classification network that a backbone is cut from, in evaluation mode.
 
-    `classes`: number of classes when it is not ImageNet's 1000; the head is then never loaded.
+    `classes`: number of classes when it is not ImageNet's 1000. A local file's head is taken when it fits, else random.
 
     Raises: as `make_backbone`.
     """
@@ -138,7 +138,7 @@ def classifier(name: str, weights: str | None, classes: int | None = None) -> nn
         state = read_tensors(source)
     net = _network(name, classes or 1000)
     if state is not None:
-        _fill(net, name, state, source, head=classes is None and weights in ("imagenet", "package"))
+        _fill(net, name, state, source, head=weights in ("imagenet", "package") and name != "glyphnet")
     return net.eval()
 
 
@@ -153,7 +153,7 @@ def _network(name: str, classes: int) -> nn.Module:
         return timm.create_model("tf_efficientnet_lite2", pretrained=False, num_classes=classes)
     from timm.models.resnet import BasicBlock, ResNet
 
-    return ResNet(BasicBlock, layers=(1, 1, 1, 1), channels=_SPECS[name][0], stem_width=32, num_classes=classes)
+    return ResNet(BasicBlock, layers=(1, 1, 1, 1), channels=_SPECS[name][0], num_classes=classes)
 
 
 def weights_file(name: str, weights: str) -> Path:
@@ -178,20 +178,19 @@ def weights_file(name: str, weights: str) -> Path:
 
 
 def _fill(net: nn.Module, name: str, state: dict[str, Tensor], source: Path, head: bool) -> None:
-    """Load `state` into `net`; the head may be absent, or differ, when it is not needed."""
+    """Load `state` into `net`; what follows the last stage may be absent, or differ, unless `head`."""
     own = net.state_dict()
-    prefix = "classifier." if name == "efficientnet_lite2" else "fc."
     if any(key.startswith("stages.") for key in state):
         state = _uncut(name, state)
     elif name == "efficientnet_lite2" and "conv_stem.weight" not in state and len(state) == len(own):
         state = dict(zip(own, state.values(), strict=True))  # the PyPI file has other names in the same order
-    wanted = [key for key in own if head and name != "glyphnet" or not key.startswith(prefix)]
-    wrong = [k for k in wanted if k not in state or state[k].shape != own[k].shape]
-    wrong = [k for k in wrong if not k.endswith("num_batches_tracked")]  # absent from old files, and not used
-    if wrong:
+    after = ("conv_head.", "bn2.", "classifier.") if name == "efficientnet_lite2" else ("fc.",)
+    fits = {k for k in own if k in state and state[k].shape == own[k].shape}
+    needed = [k for k in own if not k.endswith("num_batches_tracked") and (head or not k.startswith(after))]
+    if wrong := [k for k in needed if k not in fits]:
         what = f"has shape {list(state[wrong[0]].shape)}" if wrong[0] in state else "is missing"
         raise LCCoError(f"{source}: not weights of {name}: `{wrong[0]}` {what} ({len(wrong)} tensors do not fit)")
-    net.load_state_dict({k: state[k] for k in wanted if k in state}, strict=False)
+    net.load_state_dict({k: state[k] for k in fits}, strict=False)
 
 
 def _uncut(name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:

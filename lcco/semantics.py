@@ -195,6 +195,7 @@ class ConseTower(_ImageSide):
 
     logit_scale = 20.0
     width = 384
+    aliases = IMAGENET_ALIASES  # prompts() reads words so, which treats classes and vocabulary alike
 
     def __init__(
         self,
@@ -251,8 +252,7 @@ class ConseTower(_ImageSide):
 
     def _embed(self, x: Tensor) -> Tensor:
         if self._classes is None:
-            names = [IMAGENET_ALIASES.get(name, name) for name in imagenet_names()]
-            self._classes = prompts(self, names, self.templates, self._folder).to(self.device)
+            self._classes = prompts(self, imagenet_names(), self.templates, self._folder).to(self.device)
         p, index = self.probabilities(x).topk(self.top, dim=-1)  # [n, top]
         p = p / p.sum(-1, keepdim=True)
         return torch.einsum("nk,nkd->nd", p, self._classes[index])
@@ -323,6 +323,8 @@ def target_word(cls: str, words: Sequence[str]) -> int | None:
 def prompts(tower: Tower, words: Sequence[str], templates: Sequence[str], folder: Path | None = None) -> Tensor:
     """Prompt embeddings [P, D] of unit norm: each word's mean over the templates; texts are cached on disk.
 
+    A tower may read some words by another name (`aliases`: ConSE's IMAGENET_ALIASES).
+
     Raises: LCCoError for a template without one `{}`.
     """
     for template in templates:
@@ -330,6 +332,8 @@ def prompts(tower: Tower, words: Sequence[str], templates: Sequence[str], folder
             raise LCCoError(f"`tower.templates` holds {template!r}; each needs one `{{}}` where the word goes")
     if not templates:
         raise LCCoError("`tower.templates` is empty; one such as 'a photo of a {}.' is needed")
+    aliases = getattr(tower, "aliases", {})
+    words = [aliases.get(word, word) for word in words]
     texts = list(dict.fromkeys(template.format(word) for word in words for template in templates))
     identity = getattr(tower, "text_identity", tower.identity)
     store = _Store(folder)

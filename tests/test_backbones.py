@@ -1,0 +1,210 @@
+"""Backbones: strides and channels, the tail, frozen statistics, weights by package, file and hub, and clear errors."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from lcco import backbones
+from lcco.backbones import classifier, hub_file, make_backbone, read_tensors, tensors_digest
+from lcco.common import LCCoError
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def lite2() -> backbones.Backbone:
+    return make_backbone("efficientnet_lite2", "package", frozen_stages=4)
+
+
+@pytest.mark.parametrize(
+    ("name", "channels"),
+    [
+        ("resnet18", (64, 128, 256, 512)),
+        ("resnet50", (256, 512, 1024, 2048)),
+        ("efficientnet_lite2", (24, 48, 120, 352)),
+        ("glyphnet", (32, 64, 128, 256)),
+    ],
+)
+def test_maps_have_their_strides_and_the_tail_continues_from_any_of_them(name, channels):
+    net = make_backbone(name, None).eval()
+    assert net.channels == channels
+    x = torch.rand(2, 3, 64, 96)
+    with torch.no_grad():
+        maps = net(x)
+        for m, c, stride in zip(maps, channels, (4, 8, 16, 32), strict=True):
+            assert m.shape == (2, c, 64 // stride, 96 // stride)
+        for count in (1, 2, 3, 4):
+            for a, b in zip(net.tail(maps[:count]), maps, strict=True):
+                assert torch.equal(a, b)
+        for a, b in zip(net(x.contiguous(memory_format=torch.channels_last)), maps, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_the_backbone_is_the_classifier_without_its_head_and_normalises_by_itself():
+    net = classifier("resnet18", None)
+    backbone = make_backbone("resnet18", None).eval()
+    backbone.load_state_dict(_cut(net.state_dict()))
+    x = torch.rand(2, 3, 64, 64)
+    mean, std = torch.tensor(backbone.mean).view(3, 1, 1), torch.tensor(backbone.std).view(3, 1, 1)
+    with torch.no_grad():
+        want = net((x - mean) / std)
+        got = net.fc(backbone(x)[3].mean((2, 3)))
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+def _cut(state):
+    """ResNet's names as the backbone's, written out by hand."""
+    where = {"conv1": "0.0", "bn1": "0.1", "layer1": "0.4", "layer2": "1.0", "layer3": "2.0", "layer4": "3.0"}
+    out = {}
+    for key, value in state.items():
+        head, rest = key.split(".", 1)
+        if head in where:
+            out[f"stages.{where[head]}.{rest}"] = value
+    return out
+
+
+def _statistics(module: nn.Module) -> list[torch.Tensor]:
+    norms = (m for m in module.modules() if isinstance(m, nn.BatchNorm2d))
+    return [m.running_mean.clone() for m in norms]
+
+
+def test_frozen_stages_take_no_gradient_and_keep_statistics_while_others_learn():
+    net = make_backbone("resnet18", None, frozen_stages=2).train()
+    before = [_statistics(stage) for stage in net.stages]
+    sum(m.square().mean() for m in net(torch.rand(2, 3, 64, 64))).backward()
+    for n, stage in enumerate(net.stages):
+        same = all(torch.equal(a, b) for a, b in zip(before[n], _statistics(stage), strict=True))
+        gradients = [p.grad is not None and bool(p.grad.abs().sum() > 0) for p in stage.parameters()]
+        assert same == (n < 2)  # random weights: the free stages use batch statistics
+        assert all(gradients) if n >= 2 else not any(gradients)
+
+
+def test_pretrained_weights_keep_statistics_even_where_they_are_trained(tmp_path):
+    torch.save(classifier("resnet18", None).state_dict(), tmp_path / "net.pth")
+    net = make_backbone("resnet18", str(tmp_path / "net.pth"), frozen_stages=1).train()
+    before = _statistics(net)
+    sum(m.square().mean() for m in net(torch.rand(2, 3, 64, 64))).backward()
+    assert all(torch.equal(a, b) for a, b in zip(before, _statistics(net), strict=True))
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in net.stages[1:].parameters())
+    assert net.stages[1].training
+
+
+def test_identity_follows_frozen_weights_alone():
+    net = make_backbone("glyphnet", None, frozen_stages=2)
+    first = net.identity
+    with torch.no_grad():
+        net.stages[3][0][0].conv1.weight.add_(1)
+    assert net.identity == first
+    with torch.no_grad():
+        net.stages[0][0].weight.add_(1)
+    assert net.identity != first
+    assert tensors_digest({"a": torch.zeros(4)}) != tensors_digest({"a": torch.zeros(2, 2)})
+
+
+def test_the_package_file_fills_every_tensor_in_order(lite2):
+    source = read_tensors(backbones.weights_file("efficientnet_lite2", "package"))
+    net = classifier("efficientnet_lite2", "package")
+    own = net.state_dict()
+    assert len(source) == len(own) == 386
+    for (theirs, a), (ours, b) in zip(source.items(), own.items(), strict=True):
+        assert torch.equal(a, b), (theirs, ours)
+        assert theirs.rsplit(".", 1)[-1] == ours.rsplit(".", 1)[-1]  # weight to weight, running_var to running_var
+    x = torch.rand(1, 3, 96, 96)
+    with torch.no_grad():  # the cut network feeds the same head
+        want = net.forward_features(x * 2 - 1)
+        got = net.bn2(net.conv_head(lite2.eval()(x)[3]))
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    assert not any(p.requires_grad for p in lite2.parameters())
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_local_files_load_under_classifier_names_wrapped_names_and_own_names(tmp_path, suffix):
+    from safetensors.torch import save_file
+
+    def save(state, name):
+        path = tmp_path / f"{name}.{suffix}"
+        if suffix == "pth":
+            torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}}, path)
+        else:
+            save_file({k: v.half().contiguous() for k, v in state.items() if v.is_floating_point()}, path)
+        return str(path)
+
+    source = classifier("glyphnet", None, classes=7)
+    want = make_backbone("glyphnet", save(source.state_dict(), "classifier"))  # its head of 7 is not looked at
+    torch.testing.assert_close(want.stages[0][0].weight, source.conv1.weight, atol=1e-3, rtol=1e-3)
+    again = make_backbone("glyphnet", save(want.state_dict(), "own"), frozen_stages=4)
+    for a, b in zip(want.parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
+
+
+def test_own_names_of_every_architecture_find_their_way_back(tmp_path, lite2):
+    for name, net in (("efficientnet_lite2", lite2), ("resnet18", make_backbone("resnet18", None))):
+        torch.save(net.state_dict(), tmp_path / "own.pth")
+        assert make_backbone(name, str(tmp_path / "own.pth"), net.frozen_stages).identity == net.identity
+
+
+def test_a_truncated_missing_or_foreign_file_is_named(tmp_path):
+    path = tmp_path / "net.pth"
+    torch.save(classifier("glyphnet", None).state_dict(), path)
+    path.write_bytes(path.read_bytes()[:100_000])
+    with pytest.raises(LCCoError, match=r"net\.pth.*100,000 bytes.*cut short"):
+        make_backbone("glyphnet", str(path))
+    (tmp_path / "net.safetensors").write_bytes(b"\x10\x00\x00")
+    with pytest.raises(LCCoError, match=r"net\.safetensors.*cut short"):
+        make_backbone("glyphnet", str(tmp_path / "net.safetensors"))
+    with pytest.raises(LCCoError, match="no such weights file"):
+        make_backbone("resnet18", str(tmp_path / "absent.pth"))
+    torch.save({"a": 1}, path)
+    with pytest.raises(LCCoError, match="no state dict"):
+        make_backbone("resnet18", str(path))
+    torch.save(classifier("glyphnet", None).state_dict(), path)
+    with pytest.raises(LCCoError, match=r"not weights of resnet18: `layer1.*has shape"):
+        make_backbone("resnet18", str(path))
+
+
+def test_unknown_names_and_sources_are_refused():
+    with pytest.raises(LCCoError, match="one of resnet18"):
+        make_backbone("resnet51", None)
+    with pytest.raises(LCCoError, match="use `package`"):
+        make_backbone("efficientnet_lite2", "imagenet")
+    with pytest.raises(LCCoError, match="no package ships"):
+        make_backbone("resnet18", "package")
+    with pytest.raises(LCCoError, match="0 to 4"):
+        make_backbone("glyphnet", None, frozen_stages=5)
+
+
+def test_absent_hub_weights_say_within_seconds_what_to_put_where(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setenv("LCCO_OFFLINE", "1")
+    monkeypatch.setattr(backbones, "reachable", lambda url: pytest.fail("touched the network"))
+    with pytest.raises(LCCoError, match=r"resnet50-\w+\.pth.*downloads are off.*https://.*checkpoints.*`model.weights`"):
+        make_backbone("resnet50", "imagenet")
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    for key in ("LCCO_OFFLINE", "HF_HUB_OFFLINE"):
+        monkeypatch.delenv(key, raising=False)
+    start = time.monotonic()
+    with pytest.raises(LCCoError, match="does not answer"):
+        hub_file("http://127.0.0.1:9/net-0123.pth", "model.weights")
+    assert time.monotonic() - start < 10
+
+
+def test_hub_weights_already_in_the_cache_are_used_offline(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setenv("LCCO_OFFLINE", "1")
+    (tmp_path / "checkpoints").mkdir()
+    source = classifier("resnet18", None)
+    torch.save(source.state_dict(), tmp_path / "checkpoints" / "resnet18-f37072fd.pth")
+    net = make_backbone("resnet18", "imagenet")
+    assert torch.equal(net.stages[0][0].weight, source.conv1.weight)
