@@ -190,6 +190,10 @@ def _coerce(value: Any, kind: Any, key: str) -> Any:
         if args[-1] is not Ellipsis and len(value) != len(args):
             raise LCCoError(f"`{key}` has {len(value)} values; it must have {len(args)}")
         return tuple(_coerce(v, args[0], f"{key}[{n}]") for n, v in enumerate(value))
+    if origin is dict:
+        if isinstance(value, dict):
+            return dict(value)
+        raise LCCoError(f"`{key}` is {value!r}; it must be a mapping of settings")
     if kind is bool:
         word = str(value).lower()
         if isinstance(value, bool) or word in ("true", "false"):
