@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
+import warnings
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -221,13 +223,12 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
             from safetensors.torch import load_file
 
             state = load_file(path)
+        elif is_torchscript(path):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # deprecated, but the form of OpenAI's own CLIP files
+                state = torch.jit.load(path, map_location="cpu").state_dict()
         else:
-            try:
-                state = torch.load(path, map_location="cpu", weights_only=True)
-            except RuntimeError as error:
-                if "TorchScript" not in str(error) and "constants.pkl" not in str(error):
-                    raise
-                state = torch.jit.load(path, map_location="cpu").state_dict()  # OpenAI's own CLIP files
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # each format has its own exceptions for the same mishap
         size = path.stat().st_size
         raise LCCoError(
@@ -239,6 +240,14 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise LCCoError(f"{path}: holds no state dict (a mapping of names to tensors)")
     return {key.removeprefix("module."): value for key, value in state.items()}
+
+
+def is_torchscript(path: Path) -> bool:
+    """Whether a file is a TorchScript archive."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any("/code/" in name for name in archive.namelist())
 
 
 def tensors_digest(state: dict[str, Tensor], length: int = 12) -> str:

@@ -9,7 +9,6 @@ import json
 import logging
 import sqlite3
 import sys
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
@@ -525,8 +524,8 @@ def _openclip_file(model: str, weights: str, quick: bool) -> Path:
             raise LCCoError(mismatch)
         tags = ", ".join(pretrained.list_pretrained_tags_by_model(model)) or "none"
         raise LCCoError(f"`tower.weights` {weights!r} is neither a file nor a tag of {model} ({tags})")
-    named = "openai" in "/".join(path.parts[-2:]).lower()
-    if not quick and (named or _is_torchscript(path)):  # a file does not say; only OpenAI's own are TorchScript
+    named = "openai" in "/".join(path.parts[-2:]).lower()  # a file does not say; only OpenAI's own are TorchScript
+    if not quick and (named or backbones.is_torchscript(path)):
         raise LCCoError(mismatch)
     return path
 
@@ -576,20 +575,13 @@ def _hub_text(make: Any, config: dict[str, Any]) -> Any:
         raise LCCoError(f"the tower's text side {repo} cannot be loaded ({type(error).__name__})") from None
 
 
-def _is_torchscript(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any("/code/" in name for name in archive.namelist())
-
-
 def _load_openclip(net: nn.Module, path: Path, model: str) -> None:
     import open_clip
 
     if path.suffix not in (".npz", ".npy"):
         state = backbones.read_tensors(path)  # tells a damaged file from one that does not fit
     try:
-        if _is_torchscript(path):
+        if backbones.is_torchscript(path):
             for key in ("input_resolution", "context_length", "vocab_size"):
                 state.pop(key, None)
             net.load_state_dict(state)
