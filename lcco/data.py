@@ -12,10 +12,10 @@ import json
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -154,6 +154,18 @@ class CoSegData:
         """Item i's picture file. Sets without files override `image` and `content` instead."""
         raise NotImplementedError
 
+    def truth_path(self, i: int) -> Path:
+        """Item i's mask file, where each item has one. Raises: LCCoError when a listing shows that there is none."""
+        raise NotImplementedError
+
+    def complete(self) -> CoSegData:
+        """This set, once each item's files are known to be there. Raises: LCCoError naming the first that is not."""
+        for i in range(len(self)):
+            for file in (self.path(i), self.truth_path(i)):
+                if not file.is_file():
+                    raise LCCoError(f"{file}: no such file; put it back or take `{self.keys[i]}` out of the set")
+        return self
+
     def mask(self, i: int, classes: Sequence[str]) -> np.ndarray:
         """uint8 [H, W] of {0, 1, 255 = void}: the union of the classes' masks in image i; a class it lacks adds none.
 
@@ -186,6 +198,8 @@ class CoSegData:
         return self._contents([i])[0]
 
     def _contents(self, items: Sequence[int]) -> list[str]:
+        if type(self).content is not CoSegData.content:  # a set without files
+            return [self.content(i) for i in items]
         known = self.__dict__.setdefault("_content", {})
         new = [i for i in items if i not in known]
         if len(new) == 1:
@@ -318,18 +332,22 @@ class FolderData(CoSegData):
         return self.pairs[i][0]
 
     def truth_path(self, i: int) -> Path:
-        """Item i's mask file. Raises: LCCoError when there is none."""
         image, truth, folder, _ = self.pairs[i]
         if truth is None:
             raise LCCoError(f"{image}: no mask `{image.stem}.png` (.bmp, .jpg) in {folder}; add it or move the image")
         return truth
 
-    def complete(self) -> FolderData:
-        """This set, after making sure that every image has a mask file. Raises: LCCoError naming the first without."""
-        for i, pair in enumerate(self.pairs):
-            if pair[1] is None:
-                self.truth_path(i)
-        return self
+    @cached_property
+    def _labels(self) -> list[frozenset[str]]:
+        """A picture that sits in two groups (PASCAL1037 has 113) is known to show both classes."""
+        by_content: dict[str, set[str]] = defaultdict(set)
+        contents = self._contents(range(len(self)))
+        for pair, content in zip(self.pairs, contents, strict=True):
+            by_content[content].add(pair[3])
+        return [frozenset(by_content[content]) for content in contents]
+
+    def labels_of(self, i: int) -> frozenset[str]:
+        return self._labels[i]
 
     def mask(self, i: int, classes: Sequence[str]) -> np.ndarray:
         width, height = _matching_size(self.path(i), self.truth_path(i))
@@ -381,25 +399,23 @@ class VOCData(CoSegData):
 
     def __init__(self, name: str, root: Path, lists: Sequence[str], min_share: float = VOC_MIN_SHARE) -> None:
         self.root, self.min_share = root, min_share
-        stems: list[str] = []
+        self.lists: dict[str, list[str]] = {}
         for word in lists:
             file = root / "ImageSets" / "Segmentation" / f"{word}.txt"
             if not file.is_file():
                 raise LCCoError(f"data `{name}`: no list {file}")
-            stems += [line.split()[0] for line in file.read_text().splitlines() if line.strip()]
-        # augmented lists hold absolute-like paths in some copies: "/JPEGImages/2007_000032.jpg /Segm…"
-        stems = [Path(s).stem for s in stems]
+            lines = file.read_text().splitlines()  # copies of the augmented list hold paths: "/JPEGImages/a.jpg /…"
+            self.lists[word] = [Path(line.split()[0]).stem for line in lines if line.strip()]
         augmented = any("aug" in word for word in lists)
         self.masks = root / ("SegmentationClassAug" if augmented else "SegmentationClass")
         if not self.masks.is_dir():
             raise LCCoError(f"data `{name}`: no folder {self.masks}")
-        super().__init__(name, "voc", dict.fromkeys(stems))
+        super().__init__(name, "voc", dict.fromkeys(stem for stems in self.lists.values() for stem in stems))
 
     def path(self, i: int) -> Path:
         return self.root / "JPEGImages" / f"{self.keys[i]}.jpg"
 
     def truth_path(self, i: int) -> Path:
-        """Item i's mask file."""
         return self.masks / f"{self.keys[i]}.png"
 
     @cached_property
@@ -407,10 +423,7 @@ class VOCData(CoSegData):
         """Each item's classes and the share of its pixels that they cover; computed once and kept on disk."""
         files = [self.truth_path(i) for i in range(len(self))]
         counts = file_index("labels", files, _label_counts, f"reading {self.name}'s masks")
-        return [
-            {VOC_CLASSES[int(k) - 1]: n / sum(c.values()) for k, n in c.items() if 0 < int(k) <= len(VOC_CLASSES)}
-            for c in counts
-        ]
+        return [_areas(c) for c in counts]
 
     @cached_property
     def groups(self) -> dict[str, tuple[int, ...]]:
@@ -434,6 +447,12 @@ def _label_map(path: Path) -> np.ndarray:
     if picture.mode not in ("P", "L"):
         raise LCCoError(f"{path}: a VOC mask must hold class numbers (palette or grey PNG), not {picture.mode} colours")
     return np.asarray(picture)
+
+
+def _areas(counts: dict[str, int]) -> dict[str, float]:
+    """Class → its share of the pixels, from the pixels of each value."""
+    total = sum(counts.values())
+    return {VOC_CLASSES[int(k) - 1]: n / total for k, n in counts.items() if 0 < int(k) <= len(VOC_CLASSES)}
 
 
 def _label_counts(path: Path) -> dict[str, int]:
@@ -472,6 +491,8 @@ class COCOData(CoSegData):
         }
         held = Counter(category for _, category in pairs)
         pairs = {(i, c) for i, c in pairs if held[c] >= min_images}
+        if not pairs:
+            raise LCCoError(f"{file}: no category has {min_images} images with an instance over {min_area:g} px")
         self.ids = sorted({i for i, _ in pairs}, key=lambda i: self.coco.imgs[i]["file_name"])
         number = {i: n for n, i in enumerate(self.ids)}
         groups: dict[str, list[int]] = defaultdict(list)
@@ -539,7 +560,8 @@ def load_data(spec: str, root: Path | None = None) -> CoSegData:
         return glyphworld(spec.removeprefix("glyphworld_"))
     if spec in _VOC_SETS:
         home = _home(spec, base, _VOC_HOMES, ("voc",))
-        return VOCData(spec, home, [_aug_list(home) if w == "train_aug" else w for w in _VOC_SETS[spec]])
+        lists = [_aug_list(home) if w == "train_aug" else w for w in _VOC_SETS[spec]]
+        return VOCData(spec, home, lists).complete()
     if spec == "coco_seg":
         return COCOData(spec, _home(spec, base, _COCO_HOMES, ("coco",)))
     if spec in _FOLDER_SETS:
@@ -610,23 +632,22 @@ def recognise(path: str | Path) -> str:
     raise LCCoError(f"{path}: unknown layout; {mend}")
 
 
-def _open(name: str, path: Path, strict: bool = True) -> CoSegData:
-    """A folder of any layout as a set: every group, every list."""
+def _open(name: str, path: Path, strict: bool = True, min_images: int = COCO_MIN_IMAGES) -> CoSegData:
+    """A folder of any layout as a set: every group, every list; `strict`: with every file there."""
     layout = recognise(path)
     if layout == "voc":
         lists = {f.stem for f in (path / "ImageSets" / "Segmentation").glob("*.txt")}
         words = [w for w in ("train", "val") if w in lists] or sorted(lists - {"trainval"})
         if not words:
             raise LCCoError(f"{path}: no list in ImageSets/Segmentation")
-        return VOCData(name, path, words)
     if layout == "coco":
-        return COCOData(name, path)
-    data = FolderData(name, path, layout)
+        return COCOData(name, path, min_images=min_images)
+    data = VOCData(name, path, words) if layout == "voc" else FolderData(name, path, layout)
     return data.complete() if strict else data
 
 
 # ------------------------------------------------------------------------------------------------ picture content
-NEAR = 10  # bits of 128: pictures this close are one picture, re-encoded or resized
+NEAR = 12  # bits of 128: pictures this close are one picture, re-encoded or resized
 
 
 def picture_hash(image: Image.Image) -> int:
@@ -657,3 +678,301 @@ def near_pairs(a: Sequence[int], b: Sequence[int], near: int = NEAR) -> list[tup
 def overlap(a: CoSegData, b: CoSegData) -> list[tuple[int, int]]:
     """(index in a, index in b) of every picture that both sets hold, by content: equal files or near-equal pictures."""
     return near_pairs(a.hashes(), b.hashes())
+
+
+# -------------------------------------------------------------------------------------------------- training squares
+Box = tuple[float, float, float, float]  # x0, y0, x1, y1 as shares of width and height
+
+
+def _square(picture: Image.Image, size: int, crop: Box | None, flip: bool, how: Image.Resampling) -> np.ndarray:
+    width, height = picture.size
+    box = tuple(s * n for s, n in zip(crop or (0, 0, 1, 1), (width, height) * 2, strict=True))
+    if flip:
+        picture = ImageOps.mirror(picture)
+        box = (width - box[2], box[1], width - box[0], box[3])
+    return np.array(picture.resize((size, size), how, box))
+
+
+def load_square(data: CoSegData, i: int, size: int, crop: Box | None = None, flip: bool = False) -> np.ndarray:
+    """uint8 [size, size, 3]: image i squashed to a square (bilinear, antialiased), of a crop, mirrored if asked."""
+    return _square(data.image(i), size, crop, flip, Image.Resampling.BILINEAR)
+
+
+def mask_square(
+    data: CoSegData, i: int, classes: Sequence[str], size: int, crop: Box | None = None, flip: bool = False
+) -> np.ndarray:
+    """uint8 [size, size] of {0, 1, 255}: the mask that goes with `load_square`, by nearest neighbour."""
+    return _square(Image.fromarray(data.mask(i, classes)), size, crop, flip, Image.Resampling.NEAREST)
+
+
+# ------------------------------------------------------------------------------------------------------ group sampler
+@dataclass(frozen=True)
+class Draw:
+    """One group: its images, the classes they share (their union is the truth), and each image's augmentation."""
+
+    classes: tuple[str, ...]
+    items: tuple[int, ...]
+    flips: tuple[bool, ...]
+    crops: tuple[Box | None, ...]
+
+
+class GroupSampler:
+    """Draws groups: a class, then N distinct images of it (with repeats only if the class has fewer).
+
+    `class_sampling`: P(class) ∝ 1, √count or count. The truth is the union of every class that all N share (COCO-SEG).
+    `paired`: the share of groups whose images all hold a second class too, no second class being common to all N, so
+    that only the set tells which one counts (classes that allow no such group are left out; with none, a plain group).
+    `absent`: the chance that one image of a group is replaced by one without the shared classes.
+    `flip`: half of the images are mirrored; `crop` < 1: each is cropped to a random share ≥ `crop` of its sides.
+    The groups of a step depend on (seed, step) alone, not on workers or earlier steps.
+    """
+
+    def __init__(
+        self, data: CoSegData, *, groups: int, group_size: int, seed: int, class_sampling: str = "uniform",
+        paired: float = 0.0, absent: float = 0.0, flip: bool = False, crop: float = 1.0,
+    ) -> None:  # fmt: skip
+        power = {"uniform": 0.0, "sqrt": 0.5, "proportional": 1.0}.get(class_sampling)
+        if power is None:
+            raise LCCoError(f"class_sampling is `{class_sampling}`; it must be uniform, sqrt or proportional")
+        if groups < 1 or group_size < 1 or not 0 < crop <= 1:
+            raise LCCoError("groups and group_size must be at least 1, crop in (0, 1]")
+        self.data, self.n, self.size, self.seed = data, groups, group_size, seed
+        self.paired, self.absent, self.flip, self.crop = paired, absent, flip, crop
+        self._members = {c: np.array(items) for c, items in data.groups.items() if items}
+        if not self._members:
+            raise LCCoError(f"data `{data.name}` has no group to draw from")
+        self._weights = {c: len(items) ** power for c, items in self._members.items()}
+        pools = {c: np.array([i for i in m if len(data.classes_of(i)) > 1], int) for c, m in self._members.items()}
+        self._pools = {
+            c: pool for c, pool in pools.items() if len(pool) >= group_size > 1 and self._common(pool) == {c}
+        } if paired else {}  # fmt: skip
+        self._known = np.flatnonzero([data.knows_all(i) for i in range(len(data))]) if absent else None
+        if absent and not len(self._known):
+            self._known = np.arange(len(data))
+
+    def _common(self, items: Iterable[int]) -> frozenset[str]:
+        return frozenset.intersection(*(self.data.classes_of(i) for i in items))
+
+    def draws(self, step: int) -> list[Draw]:
+        """The groups of one step."""
+        rng = np.random.default_rng((self.seed, step))
+        return [self._draw(rng) for _ in range(self.n)]
+
+    def _pick(self, rng: np.random.Generator, classes: Iterable[str]) -> str:
+        names = list(classes)
+        weights = np.array([self._weights[c] for c in names])
+        return names[rng.choice(len(names), p=weights / weights.sum())]
+
+    def _draw(self, rng: np.random.Generator) -> Draw:
+        items = self._draw_paired(rng) if rng.random() < self.paired and self._pools else None
+        if items is None:
+            members = self._members[self._pick(rng, self._members)]
+            items = rng.choice(members, self.size, replace=len(members) < self.size)
+        items = [int(i) for i in items]
+        shared = self._common(items)
+        if rng.random() < self.absent and self.size > 1:
+            for _ in range(100):
+                other = int(rng.choice(self._known))
+                if not shared & self.data.labels_of(other):
+                    items[rng.integers(self.size)] = other
+                    break
+        flips = rng.random(self.size) < 0.5 if self.flip else [False] * self.size
+        crops = [self._box(rng) for _ in items]
+        return Draw(tuple(sorted(shared)), tuple(items), tuple(bool(f) for f in flips), tuple(crops))
+
+    def _draw_paired(self, rng: np.random.Generator) -> np.ndarray | None:
+        c = self._pick(rng, self._pools)
+        for _ in range(20):
+            items = rng.choice(self._pools[c], self.size, replace=False)
+            shared = self._common(items) - {c}
+            for d in shared:  # most images may hold the same second class: let one that does not take a place
+                others = [i for i in self._pools[c] if d not in self.data.classes_of(i) and i not in items]
+                if others:
+                    items[rng.integers(self.size)] = rng.choice(others)
+            if self._common(items) == {c}:
+                return items
+        return None
+
+    def _box(self, rng: np.random.Generator) -> Box | None:
+        if self.crop >= 1:
+            return None
+        side = rng.uniform(self.crop, 1)
+        x, y = rng.uniform(0, 1 - side, 2)
+        return (float(x), float(y), float(x + side), float(y + side))
+
+
+# ------------------------------------------------------------------------------------------------------------- check
+@dataclass(frozen=True)
+class _Known:
+    """What the literature has of a set: how many groups and images, and images a group (None: no one number)."""
+
+    name: str
+    groups: int | None
+    images: int | None
+    each: int | None = None
+
+
+@dataclass
+class _Seen:
+    """One item decoded once: what the check needs of it."""
+
+    content: str = ""
+    hash: int | None = None
+    problem: tuple[str, str] | None = None  # check, detail: an error
+    empty: bool = False
+    grey: str = ""  # how the mask is not binary
+    labels: dict[str, int] | None = None  # VOC: pixels of each value
+
+
+def _literature(data: CoSegData) -> tuple[_Known, Sequence[str]] | None:
+    """The literature's set that this one is a copy of, and its groups."""
+    groups = set(data.groups)
+    if data.layout == "coco":
+        return _Known("COCO-SEG", 78, 107_132), sorted(groups)
+    if data.layout == "voc":
+        return None
+    if groups >= set(MSRC7):
+        return _Known("MSRC7", 7, 70, 10), MSRC7
+    if groups == set(INTERNET3):
+        return _Known("Internet", 3, 300, 100), INTERNET3
+    if groups == set(VOC_CLASSES):
+        return _Known("PASCAL1037", 20, 1037), VOC_CLASSES
+    if groups == set(ICOSEG8):
+        return _Known("iCoseg8", 8, None), ICOSEG8
+    if data.layout == "icoseg" or groups > set(ICOSEG8):
+        return _Known("iCoseg", 38, 643), sorted(groups)
+    return None
+
+
+def check(
+    path: str | Path, training: CoSegData | None = None, *, min_images: int = COCO_MIN_IMAGES, limit: int = 20
+) -> pd.DataFrame:
+    """What a folder holds and what is wrong with it: one table, columns status, check, item, found, expected, detail.
+
+    `status` is ok, note (an empty or soft mask, a duplicate, a count that differs from the literature) or error (a
+    missing pair, a mis-sized or unreadable mask, a corrupt file, a picture that is in `training` too); `.attrs["ok"]`
+    is False with any error. At most `limit` items of a kind are listed. Each picture is decoded once.
+    """
+    import pandas as pd
+
+    path = Path(path)
+    data = _open(path.resolve().name, path, strict=False, min_images=min_images)
+    with ThreadPoolExecutor(_threads()) as pool:
+        seen = list(progress(pool.map(lambda i: _look(data, i), range(len(data))), f"checking {data.name}", len(data)))
+    if isinstance(data, VOCData):
+        data.areas = [_areas(s.labels or {}) for s in seen]
+    rows: list[tuple[str, str, str, str, str, str]] = []
+    masks = [s.problem is None or s.problem[0] not in ("missing mask", "corrupt mask") for s in seen]
+    _count(rows, data, sum(masks))
+
+    def report(status: str, what: str, found: list[tuple[str, str]]) -> None:
+        rows.append((status if found else "ok", what, "", str(len(found)), "0", ""))
+        rows.extend((status, what, item, "", "", detail) for item, detail in found[:limit])
+        if len(found) > limit:
+            rows.append((status, what, f"… {len(found) - limit} more", "", "", ""))
+
+    for what in ("missing image", "missing mask", "size mismatch", "corrupt image", "corrupt mask", "unreadable mask"):
+        found = [(data.keys[i], s.problem[1]) for i, s in enumerate(seen) if s.problem and s.problem[0] == what]
+        if what == "missing image":
+            found += [(t.stem, f"{t} has no image") for t in getattr(data, "unpaired", [])]
+        report("error", what, found)
+    report("note", "empty mask", [(data.keys[i], "no object pixel") for i, s in enumerate(seen) if s.empty])
+    report("note", "non-binary mask", [(data.keys[i], s.grey) for i, s in enumerate(seen) if s.grey])
+
+    same: dict[str, list[int]] = defaultdict(list)
+    for i, s in enumerate(seen):
+        if s.content:
+            same[s.content].append(i)
+    report("note", "duplicate file", [_several(data, items) for items in same.values() if len(items) > 1])
+    one = [items[0] for items in same.values() if seen[items[0]].hash is not None]
+    hashes = [seen[i].hash for i in one]
+    near = [(one[a], one[b]) for a, b in near_pairs(hashes, hashes) if a < b]
+    report("note", "near duplicate", [_several(data, pair) for pair in near])
+    if training is not None:
+        with_hash = [i for i, s in enumerate(seen) if s.hash is not None]
+        pairs = near_pairs([seen[i].hash for i in with_hash], training.hashes())
+        common = {with_hash[a]: b for a, b in pairs}
+        report("error", f"in training set {training.name}", [
+            (data.keys[i], f"is {training.keys[b]} there") for i, b in sorted(common.items())
+        ])  # fmt: skip
+    table = pd.DataFrame(rows, columns=["status", "check", "item", "found", "expected", "detail"])
+    table.attrs.update(ok=bool((table["status"] != "error").all()), layout=data.layout, path=str(path))
+    return table
+
+
+def _several(data: CoSegData, items: Sequence[int]) -> tuple[str, str]:
+    first, *others = (data.keys[i] for i in items)
+    return first, "= " + ", ".join(others)
+
+
+def _count(rows: list[tuple[str, str, str, str, str, str]], data: CoSegData, masks: int) -> None:
+    """Rows that count lists, groups, images and masks beside the literature's counts."""
+
+    def row(what: str, item: str, found: int, expected: int | None, detail: str = "") -> None:
+        status = "ok" if expected in (None, found) else "note"
+        rows.append((status, what, item, str(found), "" if expected is None else str(expected), detail))
+
+    rows.append(("ok", "layout", data.name, data.layout, "", LAYOUTS[data.layout]))
+    known, own = _literature(data) or (_Known("", None, None), ())
+    about = f"the literature's {known.name}" if known.name else ""
+    whole = set(own) == set(data.groups) or known.groups is None
+    row("groups", "", len(data.groups), known.groups if whole else None, about if whole else "")
+    row("images", "", len(data), known.images if whole else None, about if whole else "")
+    row("masks", "", masks, len(data), "" if masks == len(data) else "fewer than images")
+    if not whole:
+        row("images", known.name, sum(len(data.groups[c]) for c in own), known.images, about)
+    if isinstance(data, VOCData):
+        for word, items in data.lists.items():
+            number = {"train": 1464, "val": 1449, "train_aug": 10_582, "trainaug": 10_582}.get(word)
+            row("images", word, len(items), number, "the literature's VOC 2012" if number else "")
+    for c, items in data.groups.items():
+        row("group", c, len(items), known.each if c in own else None)
+
+
+def _look(data: CoSegData, i: int) -> _Seen:
+    """Decode item i's picture and mask once; never raises for a bad file."""
+    seen, path = _Seen(), data.path(i)
+    try:
+        seen.content = data.content(i)
+        picture = read_picture(path)
+        seen.hash = picture_hash(picture)
+    except (OSError, LCCoError) as error:
+        seen.problem = ("corrupt image", str(error)) if path.is_file() else ("missing image", f"no {path}")
+        return seen
+    try:
+        if isinstance(data, COCOData):
+            mask, truth = data.mask(i, sorted(data.labels_of(i))), path
+        else:
+            try:
+                truth = data.truth_path(i)
+            except LCCoError as error:
+                seen.problem = ("missing mask", str(error))
+                return seen
+            if not truth.is_file():
+                seen.problem = ("missing mask", f"no {truth}")
+                return seen
+            mask = _label_map(truth) if isinstance(data, VOCData) else np.asarray(read_picture(truth, "L"))
+    except LCCoError as error:
+        kind = {COCOData: "size mismatch", VOCData: "unreadable mask"}.get(type(data), "corrupt mask")
+        seen.problem = ("corrupt mask" if "corrupt" in str(error) else kind, str(error))
+        return seen
+    if mask.shape != picture.size[::-1]:
+        detail = f"{truth}: mask {mask.shape[1]}×{mask.shape[0]}, image {picture.width}×{picture.height}"
+        seen.problem = ("size mismatch", detail)
+        return seen
+    counts = np.bincount(mask.ravel(), minlength=256)
+    if isinstance(data, VOCData):
+        seen.labels = {str(k): int(counts[k]) for k in np.flatnonzero(counts)}
+        seen.empty = not counts[1 : len(VOC_CLASSES) + 1].any()
+        if counts[len(VOC_CLASSES) + 1 : VOID].any():
+            seen.problem = ("unreadable mask", f"{truth}: values beyond {len(VOC_CLASSES)} that are not 255")
+    elif isinstance(data, COCOData):
+        seen.empty = not counts[1]
+    else:
+        seen.empty = not counts[128:].any()
+        soft = (counts[32:224] if truth.suffix.lower() in (".jpg", ".jpeg") else counts[1:255]).sum() / mask.size
+        if seen.empty and counts[1:128].sum() > 0.001 * mask.size:
+            seen.problem = ("unreadable mask", f"{truth}: no value above 127 but {mask.max()}; save it as 0 and 255")
+        elif soft > (0.02 if truth.suffix.lower() in (".jpg", ".jpeg") else 0):
+            seen.grey = f"{soft:.1%} of pixels are neither 0 nor 255; read as object above 127"
+    return seen

@@ -1,0 +1,24 @@
+"""Every test has its own cache and run folders; real photographs are used only when LCCO_DATA names them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _own_places(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tmp_path_factory.mktemp("places")
+    monkeypatch.setenv("LCCO_CACHE", str(base / "cache"))
+    monkeypatch.setenv("LCCO_RUNS", str(base / "runs"))
+
+
+@pytest.fixture
+def real() -> Path:
+    """The folder of real photographs, or a skip."""
+    folder = os.environ.get("LCCO_DATA")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("real photographs: set LCCO_DATA to the folder that holds them")
+    return Path(folder)
