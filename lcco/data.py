@@ -339,7 +339,7 @@ class FolderData(CoSegData):
 
     @cached_property
     def _labels(self) -> list[frozenset[str]]:
-        """A picture that sits in two groups (PASCAL1037 has 113) is known to show both classes."""
+        """A picture that sits in two groups (107 of PASCAL1037's do) is known to show both classes."""
         by_content: dict[str, set[str]] = defaultdict(set)
         contents = self._contents(range(len(self)))
         for pair, content in zip(self.pairs, contents, strict=True):
@@ -386,9 +386,10 @@ def _folders(root: Path) -> list[Path]:
 
 
 def _class_name(folder: str, layout: str) -> str:
-    """A folder's class: `Horse100` is Rubinstein's 100 horses; other names stay, but for case and spaces."""
-    word = re.sub(r"100$", "", folder) if layout == "rubinstein" else folder
-    return word.strip().lower().replace(" ", "").replace("_", "") if layout != "icoseg" else word.strip()
+    """A folder's class, in lower case; `Horse100` is Rubinstein's 100 horses, `Dining_Table` VOC's diningtable."""
+    word = (re.sub(r"100$", "", folder) if layout == "rubinstein" else folder).strip().lower()
+    joined = re.sub(r"[ _-]", "", word)
+    return joined if joined in VOC_CLASSES else word
 
 
 class VOCData(CoSegData):

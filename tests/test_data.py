@@ -40,6 +40,11 @@ def test_folder_truth_is_object_above_127(tmp_path: Path) -> None:
     assert load_data(str(root)).mask(0, ["cow"]).tolist() == [[0, 0], [1, 1]]
 
 
+def test_class_names(tmp_path: Path) -> None:
+    data = load_data(str(drawn.folders(tmp_path, ("Dining_Table", "TV monitor", "Hot dog"), 1)))
+    assert list(data.groups) == ["diningtable", "hot dog", "tvmonitor"]
+
+
 def test_icoseg_and_rubinstein(tmp_path: Path) -> None:
     own = load_data(str(drawn.icoseg(tmp_path)))
     assert own.layout == "icoseg" and list(own.groups) == ["cheetah", "panda1"] and len(own) == 6
