@@ -124,7 +124,7 @@ class Experiment:
             for parent in parents:
                 node = node.get(parent) if isinstance(node, dict) else None
             if not isinstance(node, dict) or leaf not in node:
-                raise LCCoError(f"unknown setting `{key}`{_nearest(key, self.settings())}")
+                raise LCCoError(f"unknown setting `{key}`{nearest(key, self.settings())}")
             node[leaf] = value
         return build(Experiment, tree)
 
@@ -147,7 +147,8 @@ def _fields(cls: type) -> dict[str, Any]:
     return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
 
 
-def _nearest(word: str, known: typing.Iterable[str]) -> str:
+def nearest(word: str, known: typing.Iterable[str]) -> str:
+    """The end of an error line about an unknown word: the closest known one, or all of them."""
     known = list(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5) or [
         k for k in known if k.rsplit(".", 1)[-1] == word.rsplit(".", 1)[-1]
@@ -165,11 +166,11 @@ def build(cls: type[C], values: Any, where: str = "") -> C:
     kinds = _fields(cls)
     for key in values:
         if key not in kinds:
-            raise LCCoError(f"unknown setting `{where}{key}`{_nearest(str(key), kinds)}")
-    return cls(**{k: _coerce(v, kinds[k], f"{where}{k}") for k, v in values.items()})
+            raise LCCoError(f"unknown setting `{where}{key}`{nearest(str(key), kinds)}")
+    return cls(**{k: coerce(v, kinds[k], f"{where}{k}") for k, v in values.items()})
 
 
-def _coerce(value: Any, kind: Any, key: str) -> Any:
+def coerce(value: Any, kind: Any, key: str) -> Any:
     """`value` as `kind`, or a LCCoError; papermill's -p gives text, so text is parsed where a number or flag is due."""
     if dataclasses.is_dataclass(kind):
         return build(kind, value, f"{key}.")
@@ -181,7 +182,7 @@ def _coerce(value: Any, kind: Any, key: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         if value is None or (isinstance(value, str) and value.lower() in ("null", "none", "~")):
             return None
-        return _coerce(value, next(a for a in args if a is not type(None)), key)
+        return coerce(value, next(a for a in args if a is not type(None)), key)
     if origin is tuple:
         if isinstance(value, str) and args[0] is str:
             value = [value]
@@ -189,7 +190,7 @@ def _coerce(value: Any, kind: Any, key: str) -> Any:
             raise LCCoError(f"`{key}` is {value!r}; it must be a list")
         if args[-1] is not Ellipsis and len(value) != len(args):
             raise LCCoError(f"`{key}` has {len(value)} values; it must have {len(args)}")
-        return tuple(_coerce(v, args[0], f"{key}[{n}]") for n, v in enumerate(value))
+        return tuple(coerce(v, args[0], f"{key}[{n}]") for n, v in enumerate(value))
     if origin is dict:
         if isinstance(value, dict):
             return dict(value)
