@@ -1,0 +1,166 @@
+"""The command `lcco`: data, train, evaluate, cosegment, reproduce, bench. Heavy rooms load only for what they serve."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lcco.common import LCCoError, duration
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; a user's mistake is one line on stderr and exit code 2, an interruption 130."""
+    args = _parser().parse_args(argv)
+    if getattr(args, "data_root", None):
+        os.environ["LCCO_DATA"] = str(Path(args.data_root).expanduser().resolve())
+    try:
+        return args.run(args) or 0
+    except LCCoError as error:
+        print(f"lcco: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("lcco: interrupted; give the same command again and it goes on where it stopped", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("lcco", description="LCCo: lending CLIP to co-segmentation.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    def command(name: str, run: Any, about: str, within: Any = None) -> argparse.ArgumentParser:
+        sub = (within or commands).add_parser(name, help=about, description=about)
+        sub.set_defaults(run=run)
+        return sub
+
+    data_root = {"metavar": "DIR", "help": "the folder above the data sets (default: $LCCO_DATA)"}
+    group = commands.add_parser("data", help="check a data folder").add_subparsers(required=True, metavar="what")
+    sub = command("check", _data_check, "Recognise a data folder, count it, and list everything wrong in it.", group)
+    sub.add_argument("folder", metavar="DIR")
+    sub.add_argument("--training", metavar="SPEC", help="a training set: its pictures must not be in the folder")
+    sub.add_argument("--data-root", **data_root)
+
+    sub = command("train", _train, "Train the experiment of a profile; an interrupted training goes on.")
+    sub.add_argument("--profile", default="embedded", metavar="P", help="a profile's name or YAML file")
+    sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. model.k=3, seed=1")
+    sub.add_argument("--dry-run", action="store_true", help="say what would run, its size and time; train nothing")
+    sub.add_argument("--tensorboard", action="store_true")
+    sub.add_argument("--data-root", **data_root)
+
+    sub = command("evaluate", _evaluate, "Score a trained run on a data set under named protocols.")
+    sub.add_argument("name", metavar="RUN", help="a run's folder, or the start of its name in runs/")
+    sub.add_argument("--data", required=True, metavar="SPEC", help="a known set (msrc7, …) or a folder")
+    sub.add_argument("--protocol", default="ufo,native", metavar="A,B")
+    sub.add_argument("--group-size", type=int, default=5, metavar="N")
+    sub.add_argument("--allow-overlap", action="store_true", help="score pictures that the model was trained on")
+    sub.add_argument("--data-root", **data_root)
+
+    sub = command("cosegment", _cosegment, "Find what a folder of photos has in common, and cut it out of each.")
+    sub.add_argument("folder", metavar="FOLDER")
+    sub.add_argument("--out", required=True, metavar="DIR")
+    sub.add_argument("--words", metavar="FILE_OR_NAME", help="the vocabulary: a known one, or a file of words")
+    sub.add_argument("--class", dest="cls", metavar="NAME", help="say what to look for instead of finding it")
+
+    sub = command("reproduce", _reproduce, "Run the paper's notebooks; tables, figures and a report in results/.")
+    sub.add_argument("--profile", default="embedded", metavar="P", help="embedded, lite, paper, or a YAML file")
+    sub.add_argument("--only", default="", metavar="01,02", help="these notebooks alone")
+    sub.add_argument("--results", metavar="DIR", help="instead of results/<profile>")
+    sub.add_argument("-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE",
+                     help="a notebook parameter, e.g. -p seeds=[0]")  # fmt: skip
+    sub.add_argument("--data-root", **data_root)
+
+    sub = command("bench", _bench, "Time LCCo and its Baseline on this machine: size, a training step, the whole run.")
+    sub.add_argument("--profile", default="embedded", metavar="P")
+    sub.add_argument("--data-root", **data_root)
+    return parser
+
+
+def _pairs(texts: Sequence[str], option: str) -> dict[str, Any]:
+    """`KEY=VALUE` texts as a mapping; a value is read as YAML, so `[1, 5]`, `true` and `null` mean what they say."""
+    import yaml
+
+    out = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise LCCoError(f"{option} {text}: must be name=value")
+        try:
+            out[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise LCCoError(f"{option} {text}: the value is not valid YAML; put quotes around it") from None
+    return out
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _data_check(args: argparse.Namespace) -> int:
+    from lcco.data import check, load_data
+
+    found = check(args.folder, load_data(args.training) if args.training else None)
+    print(found.to_markdown(index=False))
+    print("nothing wrong" if found.attrs["ok"] else "something is wrong: see the table", file=sys.stderr)
+    return 0 if found.attrs["ok"] else 1
+
+
+def _train(args: argparse.Namespace) -> None:
+    from lcco.config import load_profile
+
+    experiment = load_profile(args.profile).experiment.replace(_pairs(args.set, "--set"))
+    from lcco.runs import estimate, get_run
+
+    if args.dry_run:
+        for key, value in estimate(experiment).items():
+            print(f"{key:20} {value}")
+        return
+    run = get_run(experiment, tensorboard=args.tensorboard)
+    print(f"{run.path} ({duration(run.record['seconds'])})")
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from tabulate import tabulate
+
+    from lcco.metrics import get_protocol
+    from lcco.runs import open_run
+    from lcco.tables import per_cent
+
+    protocols = _words(args.protocol)
+    for name in protocols:
+        get_protocol(name)
+    if args.group_size < 1:
+        raise LCCoError(f"--group-size {args.group_size}: must be 1 or more")
+    found = open_run(args.name).evaluate(args.data, protocols, args.group_size, allow_overlap=args.allow_overlap)
+    rows = [{"data": e.data, "protocol": p, "set size": e.group_size, **per_cent(e.summary)} for p, e in found.items()]
+    print(tabulate(rows, headers="keys", tablefmt="pipe", floatfmt=".1f"))
+
+
+def _cosegment(args: argparse.Namespace) -> None:
+    from lcco.predict import cosegment_folder
+
+    cosegment_folder(Path(args.folder), Path(args.out), words=args.words, cls=args.cls)
+
+
+def _reproduce(args: argparse.Namespace) -> None:
+    from lcco.reproduce import reproduce
+
+    parameters = _pairs(args.parameters, "-p")
+    for name in ("profile", "results", "data_root"):
+        if name in parameters:
+            raise LCCoError(f"-p {name}: give it as --{name.replace('_', '-')}")
+    reproduce(args.profile, _words(args.only), results=args.results, parameters=parameters)
+
+
+def _bench(args: argparse.Namespace) -> None:
+    from tabulate import tabulate
+
+    from lcco.config import load_profile
+    from lcco.runs import estimate
+    from lcco.tables import main_variants
+
+    profile = load_profile(args.profile)
+    rows = [{"": v.row, **estimate(profile.experiment.replace(dict(v.changes)))} for v in main_variants(profile)]
+    print(tabulate([[k, *(r[k] for r in rows)] for k in rows[0]], headers="firstrow", tablefmt="pipe"))
