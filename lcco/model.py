@@ -70,7 +70,8 @@ class ISFC(nn.Module):
     def __init__(self, channels: int, *, heads: int = 4, softmax: str = "neighbours", edges_at_once: int = 512):
         super().__init__()
         self.heads, self.softmax, self.edges_at_once = heads, softmax, edges_at_once
-        self.query, self.key, self.value, self.merge = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+        self.query, self.value, self.merge = (nn.Conv2d(channels, channels, 1) for _ in range(3))
+        self.key = nn.Conv2d(channels, channels, 1, bias=False)  # a bias adds the same to all of a softmax's scores
         self.ffn1 = conv_ffn(2 * channels, 2 * channels, channels)
         nn.init.zeros_(self.ffn1[-1].weight)  # F̄ starts as F, as in SuperGlue
         nn.init.zeros_(self.ffn1[-1].bias)
@@ -362,7 +363,7 @@ class LCCo(nn.Module):
         leading = [m[present] for m in maps or []]
         if self.placement == "encoder":
             if len(leading) > 1:
-                raise ValueError("placement `encoder` refines stages 2 to 4, so only the first stage's map can be given")
+                raise ValueError("placement `encoder` refines stages 2 to 4, so only the first map can be given")
             for n, stage in enumerate(self.backbone.stages):
                 if n >= len(leading):
                     leading.append(stage(leading[-1] if leading else self.backbone.normalise(images[present])))

@@ -1,0 +1,247 @@
+"""The run store: a training is done once, keyed by its experiment's hash, and found again by whoever needs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lcco.common import LCCoError, digest, duration, file_digest, file_lock, place, project_root, write_json
+from lcco.config import Experiment, build
+from lcco.data import CoSegData, load_data, overlap
+from lcco.evaluate import Evaluation, evaluate_all
+from lcco.inputs import Inputs
+from lcco.train import Predictor, build_model, load_model, train
+
+_SHARED: dict[str, Inputs] = {}  # one set of frozen parts a process and setting: towers and caches load once
+
+
+def environment() -> dict[str, Any]:
+    """What a record says of where it was made: versions, machine, git commit."""
+    from importlib import metadata
+
+    packages = ("lcco", "torch", "torchvision", "open_clip_torch", "timm", "accelerate", "numpy", "pillow")
+    versions = {}
+    for name in packages:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+
+    def git(*words: str) -> str:
+        try:
+            return subprocess.run(
+                ["git", *words], cwd=project_root(), capture_output=True, text=True, timeout=10, check=True
+            ).stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            return ""
+
+    return {
+        "python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count(), "threads": torch.get_num_threads(), "versions": versions,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "git": git("rev-parse", "--short=12", "HEAD"),
+        "git_dirty": bool(git("status", "--porcelain", "--", "lcco", "notebooks")),
+    }  # fmt: skip
+
+
+def _peak_memory_mb() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10))
+
+
+def run_path(experiment: Experiment) -> Path:
+    """`runs/<name>-<hash>`: where an experiment's files are, or will be."""
+    return place("runs") / f"{experiment.name}-{experiment.hash}"
+
+
+def shared_inputs(experiment: Experiment, device: str | None = None) -> Inputs:
+    """The frozen parts for an experiment, loaded once a process for all experiments that agree on them."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    e = asdict(experiment)
+    stage = min(experiment.model.frozen_stages, 1 if experiment.model.placement == "encoder" else 4)
+    same = [e["tower"], e["model"]["backbone"], e["model"]["weights"], e["model"]["frozen_stages"], stage]
+    same += [e["data"]["size"], e["loss"]["mask_background"], device]
+    key = digest(same)
+    if experiment.model.frozen_stages < 4:  # the live stages belong to one model
+        return Inputs(experiment, device=device)
+    if key not in _SHARED:
+        _SHARED[key] = Inputs(experiment, device=device)
+    inputs = _SHARED[key]
+    inputs.experiment = experiment
+    return inputs
+
+
+@dataclass
+class Run:
+    """A finished training: its folder, settings and record."""
+
+    path: Path
+    experiment: Experiment
+    record: dict[str, Any] = field(default_factory=dict)
+    data_root: Path | None = None
+    _inputs: Inputs | None = None
+
+    @property
+    def weights(self) -> Path:
+        """The model file that is evaluated: the best on the held-out fold, or the last, as the settings say."""
+        best = self.path / "best.safetensors"
+        use_best = self.experiment.train.checkpoint == "best" and best.is_file()
+        return best if use_best else self.path / "last.safetensors"
+
+    def predictor(self, *, gt: bool = False, k: int | None = None, flip: bool = False) -> Predictor:
+        """The model ready to segment; see `Predictor` for the settings."""
+        if self._inputs is None:
+            self._inputs = shared_inputs(self.experiment)
+        predictor = load_model(self.weights, inputs=self._inputs)
+        return Predictor(predictor.model, self._inputs, gt=gt, k=k, flip=flip)
+
+    def overlap(self, test: CoSegData) -> int:
+        """How many pictures of `test`, by content or look, the model was trained on."""
+        file = self.path / "evaluations" / f"overlap-{test.digest()}.json"
+        if not file.is_file():
+            training = load_data("+".join(self.experiment.data.train), self.data_root)
+            write_json(file, {"test": test.name, "pictures": len({b for _, b in overlap(training, test)})})
+        return json.loads(file.read_text())["pictures"]
+
+    def evaluate(
+        self, test: str | CoSegData, protocols: str | Sequence[str] = "ufo", group_size: int = 5, *, seed: int = 0,
+        gt: bool = False, k: int | None = None, flip: bool = False, allow_overlap: bool = False,
+    ) -> dict[str, Evaluation]:  # fmt: skip
+        """Scores on a test set under protocols, computed once and kept in the run's `evaluations/`.
+
+        Raises: LCCoError if the model was trained on pictures of the test set, unless `allow_overlap`.
+        """
+        protocols = [protocols] if isinstance(protocols, str) else list(protocols)
+        data = load_data(test, self.data_root) if isinstance(test, str) else test
+        seen = self.overlap(data)
+        if seen and not allow_overlap:
+            raise LCCoError(
+                f"{self.path.name} was trained on {seen} of the {len(data)} pictures of {data.name}; its score there "
+                "would mean nothing. Use another test set, or --allow-overlap to see it all the same"
+            )
+        sha = file_digest(self.weights)
+        files = {}
+        for p in protocols:
+            key = digest([data.digest(), p, group_size, seed, gt, k, flip, sha], 10)
+            files[p] = self.path / "evaluations" / f"{data.name}-{p}-{group_size}-{key}.json".replace("/", "_")
+        missing = [p for p in protocols if not files[p].is_file()]
+        if missing:
+            predictor = self.predictor(gt=gt, k=k, flip=flip)
+            predictor.inputs.prepare(data)
+            what = f"{self.experiment.name} on"
+            for p, done in evaluate_all(predictor, data, missing, group_size, seed, what).items():
+                done.to_json(files[p])
+        return {p: Evaluation.from_json(files[p]) for p in protocols}
+
+
+def get_run(
+    experiment: Experiment, *, inputs: Inputs | None = None, tensorboard: bool = False, data_root: Path | None = None
+) -> Run:
+    """The run of an experiment: loaded if it was trained before, gone on with if interrupted, else trained now.
+
+    Two processes that ask for the same run train it once: the second waits.
+    """
+    path = run_path(experiment)
+    record_file = path / "record.json"
+    with file_lock(path.with_suffix(".lock"), f"waiting for another process that trains {path.name}"):
+        if not record_file.is_file():
+            path.mkdir(parents=True, exist_ok=True)
+            write_json(path / "config.json", {"hash": experiment.hash, **asdict(experiment)})
+            inputs = inputs or shared_inputs(experiment)
+            began = time.monotonic()
+            data = load_data("+".join(experiment.data.train), data_root)
+            summary = train(experiment, path, inputs=inputs, tensorboard=tensorboard, data_root=data_root)
+            run = Run(path, experiment, data_root=data_root)
+            write_json(
+                record_file,
+                {
+                    "experiment": asdict(experiment), "hash": experiment.hash, "environment": environment(),
+                    "data": {"name": data.name, "images": len(data), "digest": data.digest()},
+                    "tower": inputs.tower.identity, "backbone": inputs.backbone.identity,
+                    "vocabulary_hash": inputs.vocabulary_hash, "weights": run.weights.name,
+                    "weights_sha256": file_digest(run.weights, 64), "training": summary,
+                    "seconds": round(time.monotonic() - began, 1),
+                    "peak_memory_mb": _peak_memory_mb(),
+                },
+            )  # fmt: skip
+    return _run(path, record_file, data_root, inputs)
+
+
+def open_run(name: str | Path, data_root: Path | None = None) -> Run:
+    """A finished run by its folder, or by (the start of) its name in the run store.
+
+    Raises: LCCoError naming what there is when it is not found, or not finished.
+    """
+    path = Path(name)
+    if not path.is_dir():
+        found = sorted(p for p in place("runs").glob(f"{name}*") if p.is_dir())
+        if len(found) != 1:
+            known = ", ".join(p.name for p in found) or ", ".join(sorted(p.name for p in place("runs").glob("*-*/")))
+            what = "several runs are" if found else "no run is"
+            raise LCCoError(f"{what} called `{name}`; there are: {known or 'none'}")
+        path = found[0]
+    if not (path / "record.json").is_file():
+        raise LCCoError(f"{path}: holds no finished run (no record.json); start its training again and it goes on")
+    return _run(path, path / "record.json", data_root)
+
+
+def _run(path: Path, record_file: Path, data_root: Path | None, inputs: Inputs | None = None) -> Run:
+    try:
+        record = json.loads(record_file.read_text())
+        return Run(path, build(Experiment, record["experiment"]), record, data_root, inputs)
+    except (ValueError, KeyError):
+        raise LCCoError(f"{record_file}: damaged; remove {path} to train again") from None
+
+
+def estimate(experiment: Experiment, data_root: Path | None = None, steps: int = 3) -> dict[str, Any]:
+    """What a training will be: images, parameters and seconds, from a few steps timed on random numbers.
+
+    Nothing is embedded or written. Seconds: `embedding` (frozen parts, once a machine) and `training`.
+    """
+    from lcco.losses import total_loss
+
+    data = load_data("+".join(experiment.data.train), data_root)
+    inputs = shared_inputs(experiment)
+    model = build_model(experiment, inputs)
+    d, m = experiment.data, experiment.model
+    B, N, S = d.groups, d.group_size, d.size
+    images = torch.rand(B * N, 3, S, S)
+    began = time.monotonic()
+    maps = inputs.frozen_maps(images) if inputs.cached_stages else []
+    per_image = (time.monotonic() - began) / (B * N)
+    maps = [x.unflatten(0, (B, N)) for x in maps]
+    truth, present = (torch.rand(B, N, S, S) > 0.7).byte(), torch.ones(B, N, dtype=torch.bool)
+    true = torch.zeros(B, dtype=torch.long)
+    model.train()
+    for step in range(steps + 1):
+        if step == 1:
+            began = time.monotonic()  # the first step warms up
+        out = model(
+            None if maps else images.unflatten(0, (B, N)), torch.randn(B, N, inputs.tower.width), inputs.prompts,
+            maps=maps or None,
+        )  # fmt: skip
+        total_loss(out, truth, present, true)[0].backward()
+    per_step = (time.monotonic() - began) / steps
+    model.zero_grad(set_to_none=True)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    stored = sum(x[0, 0].numel() for x in maps) * 2 * len(data) * (1 + d.flip)
+    return {
+        "run": run_path(experiment).name, "trained before": (run_path(experiment) / "record.json").is_file(),
+        "images": len(data), "classes": len(data.groups), "words": len(inputs.words),
+        "trained parameters": trained, "steps": experiment.train.steps, "images a step": B * N,
+        "cache MB": round(stored / 2**20), "embedding seconds": round(per_image * len(data) * (1 + d.flip), 1),
+        "training seconds": round(per_step * experiment.train.steps, 1),
+        "estimate": duration(per_image * len(data) * (1 + d.flip) + per_step * experiment.train.steps),
+        "backbone": f"{m.backbone} ({m.frozen_stages} of 4 stages frozen)",
+    }  # fmt: skip
