@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ def begin(
     `data_root` becomes this process's LCCO_DATA. Works from any working directory.
     Raises: LCCoError naming an unknown profile or a mistyped value.
     """
+    warnings.filterwarnings("ignore", "IProgress not found")  # tqdm's, in a notebook without widgets
     chosen = load_profile(profile)
     if data_root:
         os.environ["LCCO_DATA"] = str(Path(data_root).expanduser().resolve())
@@ -139,7 +141,7 @@ def _run_notebook(path: Path, out: Path, values: Mapping[str, Any]) -> None:
     try:
         papermill.execute_notebook(
             str(path), str(out), dict(values), kernel_name="python3", progress_bar=False, cwd=str(project_root()),
-            stdout_file=sys.stdout, stderr_file=sys.stderr,
+            stdout_file=sys.stdout, stderr_file=sys.stderr, extra_arguments=["--IPKernelApp.log_level=50"],
         )  # fmt: skip
     except NoSuchKernel:
         raise LCCoError("no Jupyter kernel `python3` in this environment: pip install ipykernel") from None

@@ -100,7 +100,7 @@ def tower_name(experiment: Experiment) -> str:
     t = experiment.tower
     if t.kind == "conse":
         return "ConSE"
-    return f"{t.model} ({'random' if t.weights is None else Path(t.weights).name})"
+    return f"{Path(t.model).stem} ({'random' if t.weights is None else Path(t.weights).name})"
 
 
 def per_cent(summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -348,10 +348,15 @@ class Table:
         slips = _slips(self.name).query("row == ''")
         return [*out, *slips[slips["test_set"].isin(["", *done["test_set"]])]["note"], *self.layout.notes]
 
+    def metric_heads(self, block: Block) -> list[str]:
+        """A heading for each column; “paper” is said where not every column is the paper's."""
+        plain = all(m.startswith("paper_") for _, m in block.columns)
+        return [m.removeprefix("paper_") if plain else _label(m) for _, m in block.columns]
+
     def heads(self, block: Block) -> list[str]:
         """One line of column headings: the test set is left out where it is the only one."""
-        single = len({g for g, _ in block.columns}) == 1
-        heads = [_label(m) if single else f"{_label(g)} {_label(m)}" for g, m in block.columns]
+        metrics, single = self.metric_heads(block), len({g for g, _ in block.columns}) == 1
+        heads = [m if single else f"{_label(g)} {m}" for (g, _), m in zip(block.columns, metrics, strict=True)]
         return [*(_label(s) for s in self.layout.stub), *heads]
 
     def block_title(self, block: Block) -> str:
@@ -387,7 +392,7 @@ class Table:
             for group in dict.fromkeys(g for g, _ in block.columns):
                 span = sum(g == group for g, _ in block.columns)
                 out.append(f'<th colspan="{span}" class="group">{e(_label(group))}</th>')
-            out += ["</tr><tr>", *(f"<th>{e(_label(m))}</th>" for _, m in block.columns), "</tr></thead><tbody>"]
+            out += ["</tr><tr>", *(f"<th>{e(m)}</th>" for m in self.metric_heads(block)), "</tr></thead><tbody>"]
             for line, cells in block.lines:
                 shown = [c.show(self.layout.decimals, "<b>{}</b>", "<sup>{}</sup>") for c in cells]
                 kinds = ['class="paper"' if m.startswith("paper_") else "" for _, m in block.columns]
@@ -414,7 +419,7 @@ class Table:
             for span in spans:
                 rules.append(rf"\cmidrule(lr){{{start}-{start + span - 1}}}")
                 start += span
-            heads = [*(_label(s) for s in self.layout.stub), *(_label(m) for _, m in block.columns)]
+            heads = [*(_label(s) for s in self.layout.stub), *self.metric_heads(block)]
             out += ["".join(rules), " & ".join(_tex(h) for h in heads) + r" \\ \midrule"]
             for line, cells in block.lines:
                 marks = (r"\textbf{{{}}}", r"\textsuperscript{{{}}}", r" $\pm$ ")
@@ -472,7 +477,7 @@ def _slips(table: str) -> pd.DataFrame:
 
 def _mark_best(column: list[Cell], decimals: int) -> None:
     shown = [round(c.mean, decimals) for c in column if c.mean is not None]
-    if len(shown) > 1:
+    if len(set(shown)) > 1:
         for c in column:
             c.best = c.mean is not None and round(c.mean, decimals) == max(shown)
 
