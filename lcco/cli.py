@@ -115,7 +115,7 @@ def _train(args: argparse.Namespace) -> None:
 
     if args.dry_run:
         for key, value in estimate(experiment).items():
-            print(f"{key:20} {value}")
+            print(f"{key}: {value}")
         return
     run = get_run(experiment, tensorboard=args.tensorboard)
     print(f"{run.path} ({duration(run.record['seconds'])})")

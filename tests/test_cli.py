@@ -1,0 +1,147 @@
+"""The command line: what people type works, and every mistake is one line on stderr, exit 2, no stack trace."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lcco import cli
+from tests import drawn
+
+MSRC7 = ("bird", "car", "cat", "cow", "dog", "plane", "sheep")
+TOWER = {
+    "model_config": {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
+        "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+    },
+    "image_size": 32, "mean": [0.5] * 3, "std": [0.5] * 3, "context_length": 16,
+}  # fmt: skip
+PROFILE = """
+about: Sets that the test drew, parts with random weights.
+experiment:
+  name: drawn
+  data: {{train: [voc_train], holdout: [voc_val], size: 32, groups: 1, group_size: 2}}
+  tower: {{model: "{tower}", weights: null, vocabulary: voc20}}
+  model: {{backbone: resnet18, weights: null, frozen_stages: 4, width: 8, heads: 2}}
+  train: {{steps: 2, eval_every: 2}}
+tests: [msrc7, internet300]
+seeds: [0]
+group_size: 2
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with drawn VOC and MSRC sets (LCCO_DATA) and a tiny profile, `drawn.yaml`."""
+    drawn.voc(tmp_path)
+    drawn.folders(tmp_path, MSRC7, n=2, name="MSRC", first=5000)
+    (tmp_path / "tower.json").write_text(json.dumps(TOWER))
+    (tmp_path / "drawn.yaml").write_text(PROFILE.format(tower=tmp_path / "tower.json"))
+    monkeypatch.setenv("LCCO_DATA", str(tmp_path))
+    return tmp_path
+
+
+def says(capsys: pytest.CaptureFixture, *words: str) -> str:
+    """The one line that a mistaken command prints on stderr."""
+    capsys.readouterr()
+    assert cli.main(words) == 2
+    out = capsys.readouterr()
+    assert out.err.startswith("lcco: ") and out.err.count("\n") == 1 and "Traceback" not in out.err, out.err
+    return out.err
+
+
+def test_trains_evaluates_and_refuses_pictures_it_was_trained_on(place: Path, capsys: pytest.CaptureFixture):
+    profile = str(place / "drawn.yaml")
+    assert cli.main(["train", "--profile", profile, "--set", "model.k=3", "--set", "seed=7"]) == 0
+    run = Path(capsys.readouterr().out.split()[0])
+    config = json.loads((run / "config.json").read_text())
+    assert (config["model"]["k"], config["seed"], config["name"]) == (3, 7, "drawn")
+    assert cli.main(["evaluate", run.name, "--data", "msrc7", "--protocol", "ufo,native", "--group-size", "2"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    heads = [h.strip() for h in lines[0].strip("|").split("|")]
+    rows = [dict(zip(heads, (c.strip() for c in line.strip("|").split("|")), strict=True)) for line in lines[2:]]
+    assert [r["protocol"] for r in rows] == ["ufo", "native"] and {r["images"] for r in rows} == {"14"}
+    assert all(0 <= float(r["J"]) <= 100 for r in rows)
+    assert "voc_train" in says(capsys, "evaluate", run.name, "--data", "voc_train")
+    assert cli.main(["evaluate", str(run), "--data", "voc_train", "--allow-overlap"]) == 0
+
+
+def test_dry_run_says_size_and_time_and_trains_nothing(place: Path, capsys: pytest.CaptureFixture):
+    assert cli.main(["train", "--profile", str(place / "drawn.yaml"), "--dry-run"]) == 0
+    said = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    assert (said["steps"], said["images"], said["images a step"]) == ("2", "12", "2")
+    from lcco.common import place as where
+
+    assert not list(where("runs").glob("*/record.json"))
+
+
+def test_bench_sets_lcco_beside_its_baseline(place: Path, capsys: pytest.CaptureFixture):
+    assert cli.main(["bench", "--profile", str(place / "drawn.yaml")]) == 0
+    out = capsys.readouterr().out
+    assert "LCCo" in out and "Baseline" in out
+    line = next(line for line in out.splitlines() if "trained parameters" in line)
+    full, base = (int(word) for word in line.replace("|", " ").split() if word.isdigit())
+    assert full > base > 0
+
+
+def test_data_check_passes_a_good_folder_and_fails_a_bad_one(place: Path, capsys: pytest.CaptureFixture):
+    assert cli.main(["data", "check", str(place / "MSRC")]) == 0
+    (place / "MSRC" / "groundtruth" / "cow" / "co_00.png").unlink()
+    assert cli.main(["data", "check", str(place / "MSRC")]) == 1
+    assert "co_00" in capsys.readouterr().out
+    assert "no such folder" in says(capsys, "data", "check", str(place / "none"))
+
+
+def test_mistakes_are_one_line_that_names_the_key_and_the_mend(place: Path, capsys: pytest.CaptureFixture):
+    profile = ["--profile", str(place / "drawn.yaml")]
+    assert "`model.k`" in says(capsys, "train", *profile, "--set", "model.kk=3")
+    assert "`model.k` is 'five'; it must be int" in says(capsys, "train", *profile, "--set", "model.k=five")
+    assert "name=value" in says(capsys, "train", *profile, "--set", "model.k")
+    assert "there are: " in says(capsys, "train", "--profile", "embeded")
+    assert "no run is called `nothing`" in says(capsys, "evaluate", "nothing", "--data", "msrc7")
+    assert "no protocol `uvo`" in says(capsys, "evaluate", "nothing", "--data", "msrc7", "--protocol", "uvo")
+    assert "--group-size 0" in says(capsys, "evaluate", "nothing", "--data", "msrc7", "--group-size", "0")
+    (place / "bad.yaml").write_text("about: x\nexperiment: {data: {size: 32}, speed: 3}\n")
+    assert "bad.yaml: unknown setting `experiment.speed`" in says(capsys, "train", "--profile", str(place / "bad.yaml"))
+    (place / "bad.yaml").write_text("about: [x\n")
+    assert "not valid YAML at line" in says(capsys, "train", "--profile", str(place / "bad.yaml"))
+
+
+def test_missing_training_data_is_named_with_where_it_was_looked_for(place: Path, capsys: pytest.CaptureFixture):
+    said = says(capsys, "train", "--profile", str(place / "drawn.yaml"), "--data-root", str(place / "elsewhere"))
+    assert "data `voc_train` not found" in said and "elsewhere" in said and "--data-root" in said
+
+
+def test_reproduce_checks_everything_before_anything_runs(place: Path, capsys: pytest.CaptureFixture):
+    results = ["--results", str(place / "out")]
+    assert "did you mean `seeds`?" in says(capsys, "reproduce", "--profile", "smoke", *results, "-p", "seed=[0]")
+    assert "`seeds` is True; it must be a list" in says(capsys, "reproduce", "--profile", "smoke", *results, "-p",
+                                                        "seeds=true")  # fmt: skip
+    assert "`seeds[1]` is 'x'" in says(capsys, "reproduce", "--profile", "smoke", *results, "-p", "seeds=[0, x]")
+    assert "01_main_results" in says(capsys, "reproduce", "--profile", "smoke", *results, "--only", "77")
+    assert "there are: " in says(capsys, "reproduce", "--profile", "smok", *results)
+    assert "--data-root" in says(capsys, "reproduce", "-p", "data_root=x", *results)
+    assert not list((place / "out").rglob("*.ipynb"))
+
+
+def test_an_interruption_says_that_it_goes_on_and_exits_130(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_train", interrupted)
+    assert cli.main(["train"]) == 130
+    assert capsys.readouterr().err == (
+        "lcco: interrupted; give the same command again and it goes on where it stopped\n"
+    )
+
+
+@pytest.mark.parametrize("words", [[], ["train", "--profil"], ["evaluate", "x"], ["data"]])
+def test_wrong_usage_exits_2(words: list[str], capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(words)
+    assert stop.value.code == 2 and "usage: lcco" in capsys.readouterr().err
