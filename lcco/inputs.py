@@ -60,7 +60,9 @@ class Inputs:
         self.experiment, self.device = experiment, device
         self.size = experiment.data.size
         model = experiment.model
-        self.backbone = backbone or make_backbone(model.backbone, model.weights, model.frozen_stages)
+        with torch.random.fork_rng(devices=[]):  # random weights, where asked for, are the seed's alone
+            torch.manual_seed(experiment.seed)
+            self.backbone = backbone or make_backbone(model.backbone, model.weights, model.frozen_stages)
         self.tower = tower or make_tower(experiment.tower)
         self.words = vocabulary(experiment.tower.vocabulary)
         self.prompts = prompts(self.tower, self.words, experiment.tower.templates, place("cache"))
@@ -148,6 +150,11 @@ class Inputs:
             self._embeddings[key] = self.cache.images(data, range(len(data))).float()
         return self._embeddings[key][list(items)]
 
+    def embed_once(self, data: CoSegData) -> None:
+        """Embed a set of pictures that are seen once: the embeddings stay in memory, nothing is written."""
+        if (key := data.digest()) not in self._embeddings:
+            self._embeddings[key] = self.tower.encode_images(data.image(i) for i in range(len(data))).float()
+
     def _embed_masked(self, data: CoSegData, pairs: Sequence[tuple[int, tuple[str, ...]]]) -> None:
         for start in range(0, len(pairs), 512):  # native-size masks of a large set do not fit in memory at once
             part = pairs[start : start + 512]
@@ -161,12 +168,14 @@ class Inputs:
 
     # ------------------------------------------------------------------------------------------------- tensors
     def _tensor(
-        self, data: CoSegData, items: Sequence[int], flips: Sequence[bool] = (), crops: Sequence[Box | None] = ()
-    ) -> Tensor:
+        self, data: CoSegData, items: Sequence[int], flips: Sequence[bool] = (), crops: Sequence[Box | None] = (),
+        *, keep: bool = True,
+    ) -> Tensor:  # fmt: skip
         squares = []
         for n, i in enumerate(items):
             crop, flip = crops[n] if crops else None, bool(flips and flips[n])
-            square = load_square(data, i, self.size, crop) if crop else self._square(data, i)
+            memo = keep and not crop
+            square = self._square(data, i) if memo else load_square(data, i, self.size, crop)
             squares.append(square[:, ::-1] if flip else square)
         return torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).float().div_(255)
 
@@ -183,9 +192,10 @@ class Inputs:
             rows = [i + f * len(data) for i, f in zip(items, flips, strict=True)]
             maps = [torch.from_numpy(s[rows]) for s in self._store(data, any(flips))]
             return None, [m.permute(0, 3, 1, 2) for m in maps]  # channels-last memory, as convolutions like it
-        images = self._tensor(data, items, flips, crops or ())
-        if self.cached_stages:
-            return None, self.frozen_maps(images)
+        images = self._tensor(data, items, flips, crops or (), keep=cached)
+        if self.cached_stages:  # early maps are large: a few pictures at a time
+            parts = [self.frozen_maps(part) for part in images.split(16)]
+            return None, [torch.cat(maps) for maps in zip(*parts, strict=True)]
         return images, None
 
     def batch(self, data: CoSegData, draws: Sequence[Draw]) -> Batch:

@@ -71,7 +71,7 @@ def shared_inputs(experiment: Experiment, device: str | None = None) -> Inputs:
     e = asdict(experiment)
     stage = min(experiment.model.frozen_stages, 1 if experiment.model.placement == "encoder" else 4)
     same = [e["tower"], e["model"]["backbone"], e["model"]["weights"], e["model"]["frozen_stages"], stage]
-    same += [e["data"]["size"], e["loss"]["mask_background"], device]
+    same += [e["data"]["size"], e["loss"]["mask_background"], device, e["model"]["weights"] or experiment.seed]
     key = digest(same)
     if experiment.model.frozen_stages < 4:  # the live stages belong to one model
         return Inputs(experiment, device=device)

@@ -1,0 +1,252 @@
+"""The training loop: the same bits every time, resumed or not; what it refuses; what it leaves on disk."""
+
+import json
+import multiprocessing
+import shutil
+from pathlib import Path
+
+import drawn
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lcco import runs
+from lcco.common import LCCoError
+from lcco.config import Experiment
+from lcco.data import load_data
+from lcco.inputs import Inputs
+from lcco.semantics import OpenClipTower
+from lcco.train import build_model, learning_rate, load_model, read_about, train, trained_state
+
+TINY_CLIP = {
+    "model_config": {
+        "embed_dim": 16,
+        "vision_cfg": {"layers": 1, "width": 16, "head_width": 8, "image_size": 32, "patch_size": 16},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 8, "heads": 1, "layers": 1},
+    },
+    "image_size": 32, "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "context_length": 77,
+}  # fmt: skip
+
+
+@pytest.fixture
+def base(tmp_path) -> Experiment:
+    """Six steps on a drawn set of three classes: random glyphnet, random CLIP."""
+    folder = drawn.folders(tmp_path, ["cow", "dog", "car"], 4)
+    model = tmp_path / "tiny-clip.json"
+    model.write_text(json.dumps(TINY_CLIP))
+    (tmp_path / "words.txt").write_text("cow\ndog\ncar\nboat\n")
+    return Experiment().replace({
+        "name": "tiny", "data.train": [str(folder)], "data.holdout": [str(folder)], "data.size": 64, "data.groups": 2,
+        "data.group_size": 3, "data.flip": True, "tower.model": str(model), "tower.weights": None,
+        "tower.vocabulary": str(tmp_path / "words.txt"), "model.backbone": "glyphnet", "model.weights": None,
+        "model.width": 16, "model.frozen_stages": 4, "train.steps": 6, "train.eval_every": 3, "train.lr": 1e-3,
+        "train.ema": 0.9, "train.clip": 1.0, "train.schedule": "cosine", "train.warmup": 2,
+    })  # fmt: skip
+
+
+def weights(folder: Path, name: str = "last.safetensors") -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / name)
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("frozen", [4, 0])
+def test_resumed_training_gives_the_same_bits(base, tmp_path, frozen):
+    experiment = base.replace({"model.frozen_stages": frozen})
+
+    def inputs():
+        return Inputs(experiment)
+
+    train(experiment, tmp_path / "whole", inputs=inputs())
+    train(experiment, tmp_path / "parts", inputs=inputs(), stop_at=3)
+    assert (tmp_path / "parts" / "checkpoint.pt").is_file() and not (tmp_path / "parts" / "last.safetensors").exists()
+    summary = train(experiment, tmp_path / "parts", inputs=inputs())
+    assert summary["step"] == 6
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    assert same(weights(tmp_path / "whole", "best.safetensors"), weights(tmp_path / "parts", "best.safetensors"))
+    assert (tmp_path / "whole" / "metrics.jsonl").read_text() == (tmp_path / "parts" / "metrics.jsonl").read_text()
+    assert not (tmp_path / "parts" / "checkpoint.pt").exists()
+    other = experiment.replace(seed=1)
+    train(other, tmp_path / "other", inputs=inputs())
+    assert not same(weights(tmp_path / "whole"), weights(tmp_path / "other"))
+
+
+def test_cached_maps_are_the_backbones(base):
+    inputs = Inputs(base)
+    data = load_data(base.data.train[0])
+    _, cached = inputs.visual(data, [1, 5], [False, True])
+    _, fresh = inputs.visual(data, [1, 5], [False, True], cached=False)
+    assert [m.shape[1:] for m in cached] == [(32, 16, 16), (64, 8, 8), (128, 4, 4), (256, 2, 2)]
+    for a, b in zip(cached, fresh, strict=True):
+        torch.testing.assert_close(a.float(), b, atol=2e-3, rtol=2e-3)  # half precision
+    plain, _ = Inputs(base.replace({"model.frozen_stages": 0})).visual(data, [5], [True])
+    assert torch.equal(plain[0].flip(-1), Inputs(base)._tensor(data, [5])[0])
+
+
+def test_a_batch_is_what_the_draws_say(base):
+    from lcco.data import Draw
+
+    inputs, data = Inputs(base), load_data(base.data.train[0])
+    cow, dog = data.groups["cow"], data.groups["dog"]
+    draws = [
+        Draw(("cow",), tuple(cow[:3]), (False,) * 3, (None,) * 3),
+        Draw(("dog",), tuple(dog[:2]), (True, False), (None,) * 2),
+    ]
+    batch = inputs.batch(data, draws)
+    assert batch.present.tolist() == [[True] * 3, [True, True, False]]
+    assert batch.truth.shape == (2, 3, 64, 64) and (batch.truth[1, 2] == 255).all()
+    plain = inputs.batch(data, [Draw(("dog",), tuple(dog[:2]), (False, False), (None,) * 2)])
+    assert torch.equal(batch.truth[1, 0].flip(-1), plain.truth[0, 0])
+    assert torch.equal(batch.embeddings[0, 1], inputs.embeddings(data, [cow[1]])[0])
+    # v^gt by hand: the masked pictures through the tower, summed over the group
+    masked = []
+    for i in cow[:3]:
+        pixels = np.array(data.image(i))
+        pixels[data.mask(i, ["cow"]) != 1] = 0
+        masked.append(Image.fromarray(pixels))
+    expected = (inputs.tower.encode_images(masked) @ inputs.prompts.T).sum(0).argmax()
+    assert batch.true[0] == expected
+
+
+def test_frozen_stages_stay_and_are_not_saved(base, tmp_path):
+    experiment = base.replace({"model.frozen_stages": 2})
+    inputs = Inputs(experiment)
+    before = {k: v.clone() for k, v in inputs.backbone.state_dict().items()}
+    train(experiment, tmp_path, inputs=inputs)
+    after = inputs.backbone.state_dict()
+    for k in before:
+        if k.startswith(("stages.0.", "stages.1.")):
+            assert torch.equal(before[k], after[k]), k
+    assert any(not torch.equal(before[k], after[k]) for k in before if k.startswith("stages.3.") and "weight" in k)
+    saved = weights(tmp_path)
+    assert not any(k.startswith(("backbone.stages.0.", "backbone.stages.1.")) for k in saved)
+    assert any(k.startswith("backbone.stages.2.") for k in saved)
+
+
+def test_learning_rate_schedules():
+    e = Experiment().replace({"train.steps": 100, "train.halve_every": 30})
+    assert [learning_rate(e, s) for s in (0, 29, 30, 60, 99)] == [1, 1, 0.5, 0.25, 0.125]
+    e = e.replace({"train.schedule": "cosine", "train.warmup": 10})
+    assert learning_rate(e, 0) == 0.1 and learning_rate(e, 10) == 1
+    assert learning_rate(e, 55) == pytest.approx(0.5) and learning_rate(e, 100) == pytest.approx(0)
+
+
+def test_a_model_file_builds_itself_and_checks_its_vocabulary(base, tmp_path):
+    run = runs.get_run(base)
+    again = runs.open_run("tiny").predictor()
+    data = load_data(base.data.train[0])
+    items = list(data.groups["cow"])[:3]
+    assert (run.predictor()(data, items, "cow") == again(data, items, "cow")).all()
+    assert read_about(run.weights)["experiment"]["train"]["steps"] == 6
+    (tmp_path / "words.txt").write_text("dog\ncow\ncar\nboat\n")  # the same words in another order
+    with pytest.raises(LCCoError, match="trained with another vocabulary"):
+        load_model(run.weights)
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(run.weights.read_bytes()[:5000])
+    with pytest.raises(LCCoError, match=r"broken.safetensors: not readable"):
+        load_model(broken)
+    with pytest.raises(LCCoError, match="no such model file"):
+        load_model(tmp_path / "absent.safetensors")
+
+
+def test_the_run_store_trains_once_and_resumes(base, tmp_path):
+    path = runs.run_path(base)
+    train(base, path, stop_at=3)  # as if interrupted
+    run = runs.get_run(base)
+    stamp = (path / "last.safetensors").stat().st_mtime_ns
+    assert runs.get_run(base).record == run.record and (path / "last.safetensors").stat().st_mtime_ns == stamp
+    record = run.record
+    assert record["hash"] == base.hash and torch.__version__.startswith(record["environment"]["versions"]["torch"])
+    assert len(record["weights_sha256"]) == 64 and record["data"]["images"] == 12 and record["training"]["step"] == 6
+    with pytest.raises(LCCoError, match="no run is called `nothing`; there are: tiny-"):
+        runs.open_run("nothing")
+    (path / "record.json").write_text("{")
+    with pytest.raises(LCCoError, match="damaged; remove"):
+        runs.get_run(base)
+
+
+def _ask(experiment: Experiment) -> None:
+    torch.set_num_threads(1)
+    runs.get_run(experiment)
+
+
+def test_two_processes_train_a_run_once(base):
+    asked = [multiprocessing.get_context("spawn").Process(target=_ask, args=(base,)) for _ in range(2)]
+    for p in asked:
+        p.start()
+    for p in asked:
+        p.join(120)
+        assert p.exitcode == 0
+    lines = [json.loads(line) for line in (runs.run_path(base) / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 6]  # one training's log
+
+
+def test_bad_trainings_say_what_to_mend(base, tmp_path):
+    with pytest.raises(LCCoError, match="data.crop` needs a live backbone"):
+        train(base.replace({"data.crop": 0.7}), tmp_path / "a")
+    train(base, tmp_path / "b", stop_at=3)
+    checkpoint = tmp_path / "b" / "checkpoint.pt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    with pytest.raises(LCCoError, match=r"checkpoint.pt: damaged .* remove it"):
+        train(base, tmp_path / "b")
+    train(base, tmp_path / "c", stop_at=3)
+    with pytest.raises(LCCoError, match="from other settings"):
+        train(base.replace({"model.width": 32}), tmp_path / "c")
+
+
+def test_evaluation_is_kept_and_overlap_is_refused(base, tmp_path):
+    run = runs.get_run(base)
+    with pytest.raises(LCCoError, match="trained on 12 of the 12 pictures"):
+        run.evaluate(base.data.train[0])
+    once = run.evaluate(base.data.train[0], ("ufo", "native"), 3, allow_overlap=True)
+    files = sorted((run.path / "evaluations").glob("*-ufo-*.json"))
+    stamp = files[0].stat().st_mtime_ns
+    again = run.evaluate(base.data.train[0], "ufo", 3, allow_overlap=True)
+    assert again["ufo"] == once["ufo"] and files[0].stat().st_mtime_ns == stamp
+    assert run.evaluate(base.data.train[0], "ufo", 2, allow_overlap=True)["ufo"].group_size == 2
+
+
+def test_estimate_is_of_the_right_order_and_writes_no_run(base):
+    found = runs.estimate(base)
+    assert found["images"] == 12 and found["steps"] == 6 and not found["trained before"]
+    inputs = Inputs(base)
+    trained = [p.numel() for n, p in build_model(base, inputs).named_parameters() if not n.startswith("backbone.")]
+    assert found["trained parameters"] == sum(trained)
+    assert not runs.run_path(base).exists() and 0 < found["training seconds"] < 60
+
+
+def test_moving_average_of_weights_by_hand(base, tmp_path):
+    """The saved average after 3 steps against one kept by hand beside a run without it."""
+    experiment = base.replace({"train.steps": 3, "train.eval_every": 100, "train.ema": 0.5, "data.holdout": []})
+
+    def inputs():
+        return Inputs(experiment)
+
+    train(experiment, tmp_path / "ema", inputs=inputs())
+    key = "head.1.weight"
+    expected = dict(trained_state(build_model(experiment, inputs())))[key].clone()
+    for n in (1, 2, 3):  # the plain run's weights after n steps; the schedule does not depend on where it stops
+        folder = tmp_path / f"plain{n}"
+        train(experiment, folder, inputs=inputs(), stop_at=n)
+        if n < 3:
+            now = torch.load(folder / "checkpoint.pt", weights_only=True)["model"][key]
+        else:
+            train(experiment.replace({"train.ema": 0.0}), tmp_path / "none", inputs=inputs())
+            now = weights(tmp_path / "none")[key]
+        decay = min(0.5, n / (9 + n))
+        expected = decay * expected + (1 - decay) * now
+    torch.testing.assert_close(weights(tmp_path / "ema")[key], expected)
+    shutil.rmtree(tmp_path / "ema")
+
+
+def test_tower_is_untouched_by_training(base, tmp_path):
+    inputs = Inputs(base)
+    assert isinstance(inputs.tower, OpenClipTower)
+    before = inputs.tower.encode_prompts(["a photo of a cow."]).clone()
+    train(base, tmp_path, inputs=inputs)
+    assert torch.equal(before, inputs.tower.encode_prompts(["a photo of a cow."]))
