@@ -12,6 +12,7 @@ _HOME = {  # public name -> the room it lives in
     "load_data": "data",
     "make_tower": "semantics",
     "get_run": "runs",
+    "cosegment": "predict",
     "cosegment_folder": "predict",
 }
 __all__ = ["__version__", *_HOME]

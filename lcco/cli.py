@@ -61,8 +61,11 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("cosegment", _cosegment, "Find what a folder of photos has in common, and cut it out of each.")
     sub.add_argument("folder", metavar="FOLDER")
     sub.add_argument("--out", required=True, metavar="DIR")
-    sub.add_argument("--words", metavar="FILE_OR_NAME", help="the vocabulary: a known one, or a file of words")
+    sub.add_argument("--words", metavar="FILE_OR_NAME",
+                     help="what it may be: words of the model's vocabulary, one a line")  # fmt: skip
     sub.add_argument("--class", dest="cls", metavar="NAME", help="say what to look for instead of finding it")
+    sub.add_argument("--weights", metavar="FILE_OR_RUN", help="a model file or a trained run, not the shipped one")
+    sub.add_argument("--threshold", type=float, default=0.5, metavar="T", help="on the probabilities (default: 0.5)")
 
     sub = command("reproduce", _reproduce, "Run the paper's notebooks; tables, figures and a report in results/.")
     sub.add_argument("--profile", default="embedded", metavar="P", help="embedded, lite, paper, or a YAML file")
@@ -138,10 +141,13 @@ def _evaluate(args: argparse.Namespace) -> None:
     print(tabulate(rows, headers="keys", tablefmt="pipe", floatfmt=".1f"))
 
 
-def _cosegment(args: argparse.Namespace) -> None:
+def _cosegment(args: argparse.Namespace) -> int:
     from lcco.predict import cosegment_folder
 
-    cosegment_folder(Path(args.folder), Path(args.out), words=args.words, cls=args.cls)
+    report = cosegment_folder(
+        args.folder, args.out, weights=args.weights, words=args.words, cls=args.cls, threshold=args.threshold
+    )
+    return 1 if report.failed else 0
 
 
 def _reproduce(args: argparse.Namespace) -> None:

@@ -153,7 +153,8 @@ class Inputs:
     def embed_once(self, data: CoSegData) -> None:
         """Embed a set of pictures that are seen once: the embeddings stay in memory, nothing is written."""
         if (key := data.digest()) not in self._embeddings:
-            self._embeddings[key] = self.tower.encode_images(data.image(i) for i in range(len(data))).float()
+            pictures = (data.image(i) for i in progress(range(len(data)), f"embedding {data.name}"))
+            self._embeddings[key] = self.tower.encode_images(pictures).float()
 
     def _embed_masked(self, data: CoSegData, pairs: Sequence[tuple[int, tuple[str, ...]]]) -> None:
         for start in range(0, len(pairs), 512):  # native-size masks of a large set do not fit in memory at once

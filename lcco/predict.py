@@ -1,0 +1,610 @@
+"""Co-segment a person's own pictures: any number, size and mode; masks, overlays, a contact sheet and a record.
+
+A folder is one set (of `AT_ONCE` pictures at most; a larger one is cut into even sets). Pictures are decoded small for
+the network, in threads, and never pile up at full size; nothing of them goes into the cache on disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+from lcco import __version__
+from lcco.common import LCCoError, atomic_path, digest, duration, file_digest, progress, write_json
+from lcco.data import PICTURES, CoSegData
+from lcco.metrics import resize_map
+
+if TYPE_CHECKING:
+    from lcco.train import Predictor
+
+T, R = TypeVar("T"), TypeVar("R")
+Picture: TypeAlias = "str | Path | Image.Image | np.ndarray"
+
+SHIPPED = Path(__file__).parent / "weights" / "lite.safetensors"
+AT_ONCE = 100  # pictures in one set; ISFC compares every two of them
+LONGEST = 1600  # pixels along the longer side of an overlay
+ON_SHEET = 200  # pictures on the contact sheet
+ENDINGS = PICTURES | {
+    ".jpe", ".jfif", ".gif", ".avif", ".heic", ".heif", ".jp2", ".ppm", ".pgm", ".pbm", ".pnm", ".tga"
+}  # fmt: skip
+_TURNS = {  # EXIF orientation → what sets the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+_TINT = (213, 94, 0)  # figures.ORANGE: safe for colour-blind eyes
+
+
+@dataclass
+class Result:
+    """What was found in one picture of a set.
+
+    probability: float32 [S, S] in 0..1, the picture squashed to the network's size; None where `error` says why.
+    size: (width, height) as shown, turned as EXIF says. words: the set's most likely words with their scores.
+    set: the number of the picture's set, from 1.
+    """
+
+    name: str
+    size: tuple[int, int] | None = None
+    probability: np.ndarray | None = None
+    words: list[tuple[str, float]] = field(default_factory=list)
+    threshold: float = 0.5
+    set: int = 1
+    error: str | None = None
+
+    @property
+    def mask(self) -> np.ndarray | None:
+        """bool [H, W] at the picture's own size, made from `probability` at each call; None for an unreadable one."""
+        return None if self.probability is None or self.size is None else self.mask_at(self.size)
+
+    def mask_at(self, size: tuple[int, int]) -> np.ndarray:
+        """The mask at another size (width, height)."""
+        return resize_map(self.probability, size[::-1]) > self.threshold
+
+
+@dataclass
+class Report:
+    """What `cosegment_folder` made: `record` is result.json, `out` the folder that it is in."""
+
+    out: Path
+    record: dict[str, Any]
+
+    @property
+    def failed(self) -> list[str]:
+        """The files that could not be read."""
+        return [i["name"] for i in self.record["images"] if i["error"]]
+
+    def say_failed(self) -> None:
+        """Name the files that could not be read, on stderr."""
+        if names := self.failed:
+            more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+            of = f"{len(names)} of {len(self.record['images'])}"
+            print(f"{of} pictures could not be read: {', '.join(names[:10])}{more}", file=sys.stderr, flush=True)
+
+    @property
+    def words(self) -> list[tuple[str, float]]:
+        """The first set's most likely words with their scores."""
+        return [(w["word"], w["score"]) for w in self.record["sets"][0]["words"]]
+
+
+def cosegment(
+    images: Sequence[Picture] | Picture, *, weights: Path | str | Predictor | None = None,
+    words: Sequence[str] | Path | str | None = None, cls: str | None = None, threshold: float = 0.5,
+    at_once: int = AT_ONCE,
+) -> list[Result]:  # fmt: skip
+    """Find what pictures have in common, and where it is in each of them.
+
+    images: paths, PIL images or arrays ([H, W], [H, W, 1], 3 or 4 channels; bool, integer, or float in 0..1), or a
+    folder. weights: a model file, a run, or what `load_segmenter` gave (to load it once for many calls); default the
+    shipped model. words: what it may be, as words of the model's vocabulary (a list, a vocabulary's name or a text
+    file); the likeliest is then looked for. cls: what it is; the nearest word of the vocabulary is looked for.
+    threshold: on the probabilities. at_once: the largest set; more pictures are cut into even sets.
+    Returns: a `Result` for each picture, in order; an unreadable one has `error` set.
+    Raises: LCCoError for no pictures, unknown words, or settings out of range.
+    """
+    sources = _sources(images)
+    predictor, query = _ask(weights, words, cls, threshold, at_once)
+    found: list[Result] = []
+    for number, part in enumerate(_sets(sources, at_once), 1):
+        names = [_name(s, len(found) + n) for n, s in enumerate(part, 1)]
+        found += _segment(predictor, query, part, names, threshold, number)
+    return found
+
+
+def cosegment_folder(
+    folder: Path | str, out: Path | str, *, weights: Path | str | Predictor | None = None,
+    words: Sequence[str] | Path | str | None = None, cls: str | None = None, threshold: float = 0.5,
+    at_once: int = AT_ONCE,
+) -> Report:  # fmt: skip
+    """Co-segment the pictures of a folder (not of folders in it) into another; settings as `cosegment` takes them.
+
+    Writes `masks/<stem>.png` (0 and 255, the picture's own size, upright), `overlays/<stem>.jpg` (at most 1600 px),
+    `contact_sheet.jpg` and `result.json`. Unreadable pictures are named, skipped and listed in `Report.failed`. Given
+    again after an interruption it makes only what is missing; with other pictures or settings, all of it.
+    Raises: LCCoError for a folder without pictures or a place that cannot be written, and as `cosegment` does.
+    """
+    began = time.monotonic()
+    folder, out = Path(folder).expanduser(), Path(out).expanduser()
+    files = pictures_in(folder)
+    model = weights if hasattr(weights, "inputs") else _weights_file(weights)
+    stamps = [(f.name, (s := f.stat()).st_size, s.st_mtime_ns) for f in files]
+    settings = {"threshold": threshold, "class": cls, "words": _word_list(words), "at_once": at_once}
+    sha = file_digest(model, 64) if isinstance(model, Path) else "in memory"
+    made_by = sha if isinstance(model, Path) else time.time_ns()  # a model in memory has no lasting name
+    key = digest([settings, made_by, __version__, stamps], 16)
+    before = _read_record(out / "result.json", key)
+    done = {
+        i["name"]: i for i in before.get("images", ())
+        if i["error"] or all((out / str(i[k])).is_file() for k in ("mask", "overlay"))
+    }  # fmt: skip
+    if before.get("complete") and len(done) == len(files):
+        print(f"{out}: made before from the same pictures and settings; nothing to do", file=sys.stderr)
+        report = Report(out, before)
+        report.say_failed()
+        return report
+
+    predictor, query = _ask(model, words, cls, threshold, at_once)
+    if query.word and cls and query.word.casefold() != cls.casefold():
+        print(f"looking for `{query.word}`, the vocabulary's word for `{cls}`", file=sys.stderr)
+    stems = _stems(files)
+    record: dict[str, Any] = {
+        "key": key, "complete": False, "folder": folder.resolve().name,
+        "settings": settings | {"looked_for": query.word}, "versions": _versions(),
+        "weights": {
+            "file": model.name if isinstance(model, Path) else None, "sha256": sha,
+            "experiment": predictor.inputs.experiment.name, "hash": predictor.inputs.experiment.hash,
+            "tower": predictor.inputs.tower.identity, "backbone": predictor.inputs.backbone.identity,
+            "vocabulary": Path(predictor.inputs.experiment.tower.vocabulary).stem,
+            "vocabulary_hash": predictor.inputs.vocabulary_hash,
+        },
+        "sets": before.get("sets") or [{"images": 0, "words": []} for _ in _sets(files, at_once)],
+        "images": [done[f.name] for f in files if f.name in done], "seconds": 0.0,
+    }  # fmt: skip
+    thumbs: dict[str, _Thumbs] = {}
+    with _writable(out):
+        out.mkdir(parents=True, exist_ok=True)
+        try:
+            for number, part in enumerate(_sets(files, at_once), 1):
+                todo = [f for f in part if f.name not in done]
+                if not todo:
+                    continue
+                found = _segment(predictor, query, part, [f.name for f in part], threshold, number)
+                shown = next((r.words for r in found if not r.error), [])
+                scores = [{"word": w, "score": round(s, 4)} for w, s in shown]
+                record["sets"][number - 1] = {"images": sum(not r.error for r in found), "words": scores}
+                jobs = [(f, r, stems[f.name]) for f, r in zip(part, found, strict=True) if f in todo]
+                for image, pair in _threaded(lambda job: _write(out, *job), jobs, "writing masks"):
+                    record["images"].append(image)
+                    if pair and len(thumbs) < ON_SHEET:
+                        thumbs[image["name"]] = pair
+                    if image["error"]:
+                        print(f"skipped {image['name']}: {image['error']}", file=sys.stderr, flush=True)
+        finally:  # an interruption loses nothing that was made
+            order = {f.name: n for n, f in enumerate(files)}
+            record["images"].sort(key=lambda i: order[i["name"]])
+            record["seconds"] = round(before.get("seconds", 0) + time.monotonic() - began, 1)
+            write_json(out / "result.json", record)
+        good = [i for i in record["images"] if not i["error"]]
+        if good:
+            with atomic_path(out / "contact_sheet.jpg") as part_file:
+                _sheet(folder, out, record, thumbs).save(part_file, "JPEG", quality=90)
+        write_json(out / "result.json", record | {"complete": True})
+    report = Report(out, record | {"complete": True})
+    said = ", ".join(f"{w} {s:.2f}" for w, s in report.words[:3])
+    print(f"{len(good)} masks in {out / 'masks'}" + (f"; in common: {said}" if good and said else ""))
+    if good:
+        print(f"to look at: {out / 'contact_sheet.jpg'} ({duration(time.monotonic() - began)})")
+    report.say_failed()
+    return report
+
+
+def load_segmenter(weights: Path | str | None = None) -> Predictor:
+    """The model of a file or a run (default: the shipped one), ready for pictures that are seen once."""
+    import torch
+
+    from lcco.train import load_model
+
+    return load_model(_weights_file(weights), device="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pictures_in(folder: Path | str) -> list[Path]:
+    """The picture files of a folder, by name; folders in it and hidden files are left alone.
+
+    Raises: LCCoError for a missing folder or one without pictures.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise LCCoError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}; give one with pictures")
+    entries = sorted((e for e in folder.iterdir() if e.name[0] != "."), key=lambda e: (e.name.casefold(), e.name))
+    found = [e for e in entries if e.suffix.lower() in ENDINGS and e.is_file()]
+    if not found:
+        inner = next((e for e in entries if e.is_dir() and any(f.suffix.lower() in ENDINGS for f in e.iterdir())), None)
+        hint = f"; there are some in {inner}: give that folder" if inner else f" ({', '.join(sorted(ENDINGS))})"
+        raise LCCoError(f"{folder}: no pictures in it{hint}")
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------- the question
+@dataclass
+class _Query:
+    """What is looked for: a `word`, the likeliest of the vocabulary indices `among`, or (both None) anything."""
+
+    word: str | None = None
+    among: list[int] | None = None
+
+
+def _ask(
+    weights: Path | str | Predictor | None, words: Any, cls: str | None, threshold: float, at_once: int
+) -> tuple[Predictor, _Query]:
+    if not 0 <= threshold < 1:
+        raise LCCoError(f"threshold is {threshold}; it must be at least 0 and below 1")
+    if at_once < 1:
+        raise LCCoError(f"at_once is {at_once}; a set has 1 picture or more")
+    if words is not None and cls is not None:
+        raise LCCoError("give a class or words that it may be, not both")
+    asked = _word_list(words)
+    from lcco.train import Predictor
+
+    given = weights if hasattr(weights, "inputs") else load_segmenter(weights)
+    model, inputs = given.model, given.inputs
+    predictor = Predictor(model, inputs, gt=True, k=given.k, cached=False)
+    if (asked or cls) and model.clip_regularization is None and model.clip_interaction is None:
+        raise LCCoError("these weights are a Baseline's, which takes no words: leave out the class or words")
+    if cls is not None:
+        if not cls.strip():
+            raise LCCoError("the class is empty; give a name such as `dog`")
+        return predictor, _Query(inputs.words[inputs.nearest_word(cls)])
+    if not asked or list(asked) == inputs.words:
+        return predictor, _Query()
+    from lcco.semantics import target_word
+
+    among = []
+    for word in asked:
+        index = target_word(word, inputs.words)
+        if index is None:
+            near = inputs.words[inputs.nearest_word(word)]
+            raise LCCoError(
+                f"`{word}` is not one of the {len(inputs.words)} words that these weights were trained with "
+                f"(`{inputs.experiment.tower.vocabulary}`), to which MLP3 is tied; the nearest is `{near}`. Give words "
+                "of that vocabulary, or train with yours: lcco train --set tower.vocabulary=FILE"
+            )
+        among.append(index)
+    return predictor, _Query(among=sorted(set(among)))
+
+
+def _word_list(words: Any) -> list[str] | None:
+    if words is None:
+        return None
+    if isinstance(words, (str, Path)):
+        from lcco.semantics import vocabulary
+
+        return vocabulary(words)
+    if not (listed := [" ".join(str(word).split()) for word in words]) or not all(listed):
+        raise LCCoError("words: an empty list or an empty word; give words of the model's vocabulary")
+    return listed
+
+
+def _weights_file(weights: Path | str | None) -> Path:
+    path = SHIPPED if weights is None else Path(weights).expanduser()
+    if path.is_file():
+        return path
+    if weights is None:
+        raise LCCoError(f"{path}: the shipped weights are not here; give weights: a model file, or a trained run")
+    if path.suffix == ".safetensors":
+        raise LCCoError(f"{path}: no such model file")
+    from lcco.runs import open_run
+
+    return open_run(weights).weights
+
+
+# ------------------------------------------------------------------------------------------------------------ one set
+class _Loose(CoSegData):
+    """Decoded pictures as a set without files, masks or classes."""
+
+    def __init__(self, pictures: Sequence[Image.Image], names: Sequence[str]) -> None:
+        super().__init__("pictures", "loose", names, {})
+        self._pictures = pictures
+
+    def image(self, i: int) -> Image.Image:
+        return self._pictures[i]
+
+    def content(self, i: int) -> str:
+        picture = self._pictures[i]
+        return digest(repr(picture.size).encode() + picture.tobytes(), 16)
+
+
+def _segment(
+    predictor: Predictor, query: _Query, sources: Sequence[Picture], names: Sequence[str], threshold: float, number: int
+) -> list[Result]:
+    """One set, from files to probabilities."""
+    # Twice what the network and the tower take, so that the second reduction is the one that decides.
+    side = 2 * max(predictor.inputs.size, getattr(predictor.inputs.tower, "size", 0))
+    found = [Result(name, threshold=threshold, set=number) for name in names]
+    pictures: list[Image.Image] = []
+    for result, got in zip(found, _threaded(lambda s: _try(read, s, side), sources, "reading pictures"), strict=True):
+        if isinstance(got, str):
+            result.error = got
+        else:
+            picture, result.size = got
+            pictures.append(picture)
+    good = [r for r in found if not r.error]
+    if not good:
+        return found
+    data, items = _Loose(pictures, [r.name for r in good]), range(len(good))
+    predictor.inputs.embed_once(data)
+    out = predictor.output(data, items, query.word)
+    words = predictor.words(out)
+    if query.among is not None:
+        scores = dict(predictor.words(out, len(predictor.inputs.words)))
+        asked = [predictor.inputs.words[i] for i in query.among]
+        total = sum(scores[word] for word in asked) or 1.0
+        words = sorted(((word, scores[word] / total) for word in asked), key=lambda pair: -pair[1])[:5]
+        out = predictor.output(data, items, words[0][0])
+    for result, logits in zip(good, out.logits[0], strict=True):
+        result.probability, result.words = logits.sigmoid().cpu().numpy(), words
+    return found
+
+
+def read(source: Picture, side: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
+    """A picture as RGB, upright, and its own (width, height) as shown.
+
+    side: the shorter side may shrink by whole factors down to this many pixels, which makes large files cheap.
+    Transparent parts become white; 16-bit and float values are scaled to 8 bits; of an animation the first frame.
+    """
+    if isinstance(source, np.ndarray):
+        image = _from_array(source)
+        return _reduced(image, side), image.size
+    with contextlib.nullcontext(source) if isinstance(source, Image.Image) else Image.open(source) as image:
+        size = image.size
+        if side and image is not source:
+            image.draft(None, (side, side))  # JPEG decodes at 1/2, 1/4 or 1/8
+        image.load()
+        try:
+            turn = image.getexif().get(0x0112, 1)
+        except Exception:  # broken EXIF says nothing; the picture itself is whole
+            turn = 1
+        image = _reduced(_rgb(image), side)
+    if turn in _TURNS:
+        image = image.transpose(_TURNS[turn])
+    return image, size[::-1] if turn in (5, 6, 7, 8) else size
+
+
+def _reduced(image: Image.Image, side: int | None) -> Image.Image:
+    factor = min(image.size) // side if side else 1
+    return image.reduce(factor) if factor > 1 else image
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        return _from_array(np.asarray(image), scale=True)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        ground = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(ground, image).convert("RGB")
+    return image.copy() if image.mode == "RGB" else image.convert("RGB")
+
+
+def _from_array(values: np.ndarray, scale: bool = False) -> Image.Image:
+    """RGB of an array. scale: the values' range is unknown, as in 16-bit and float files."""
+    if values.ndim == 3 and values.shape[2] == 1:
+        values = values[..., 0]
+    if values.ndim not in (2, 3) or 0 in values.shape or (values.ndim == 3 and values.shape[2] not in (3, 4)):
+        raise ValueError(f"an array of shape {list(values.shape)} is no picture; it must be [H, W] or [H, W, 3 or 4]")
+    if values.dtype == bool:
+        values = values.astype(np.uint8) * 255
+    elif values.dtype != np.uint8:
+        low, high = float(np.nanmin(values)), float(np.nanmax(values))
+        if values.dtype.kind == "f" and low >= 0 and high <= 1:
+            low, high = 0.0, 1.0
+        elif values.dtype.kind == "f" and not scale:
+            raise ValueError(f"an array of floats must be in 0..1; it holds {low:g} to {high:g}")
+        elif values.dtype.kind in "iu" and low >= 0:  # 8, 10, 12, 14 or 16 bits, whichever holds them
+            low, high = 0.0, float(next((2**b - 1 for b in (8, 10, 12, 14, 16) if high < 2**b), high))
+        values = (np.nan_to_num(values.astype(np.float32)) - low) * (255 / max(high - low, 1e-12))
+        values = np.clip(np.round(values), 0, 255).astype(np.uint8)
+    return _rgb(Image.fromarray(values)) if values.ndim == 3 else Image.fromarray(values).convert("RGB")
+
+
+# ------------------------------------------------------------------------------------------------------------ writing
+_Thumbs: TypeAlias = "tuple[Image.Image, Image.Image]"
+
+
+def _write(out: Path, file: Path, result: Result, stem: str) -> tuple[dict[str, Any], _Thumbs | None]:
+    """Mask and overlay of one picture; its entry in result.json, and small copies for the contact sheet."""
+    entry: dict[str, Any] = {"name": file.name, "set": result.set, "error": result.error}
+    if result.error:
+        return entry, None
+    picture = _try(read, file, LONGEST // 2)  # again: sharper than what the network saw
+    if isinstance(picture, str):
+        return entry | {"error": picture}, None
+    picture, mask = picture[0], result.mask
+    picture.thumbnail((LONGEST, LONGEST), Image.Resampling.BILINEAR)
+    entry |= {
+        "mask": f"masks/{stem}.png", "overlay": f"overlays/{stem}.jpg", "width": result.size[0],
+        "height": result.size[1], "foreground": round(float(mask.mean()), 6),
+    }  # fmt: skip
+    with atomic_path(out / entry["mask"]) as part:
+        Image.fromarray(mask.astype(np.uint8) * 255).save(part, "PNG", compress_level=3)
+    over = overlay(picture, Image.fromarray(result.mask_at(picture.size)))
+    with atomic_path(out / entry["overlay"]) as part:
+        over.save(part, "JPEG", quality=88)
+    return entry, (_thumb(picture), _thumb(over))
+
+
+def overlay(picture: Image.Image, mask: Image.Image) -> Image.Image:
+    """The picture greyed where the mask (mode 1 or L, the same size) is 0; the object tinted and outlined."""
+    mask = mask.convert("L")
+    grey = picture.convert("L").point(lambda v: 64 + 0.45 * v).convert("RGB")
+    out = Image.composite(Image.blend(picture, Image.new("RGB", picture.size, _TINT), 0.4), grey, mask)
+    width = max(1, round(max(picture.size) / 400))
+    inner = mask.filter(ImageFilter.BoxBlur(width)).point(lambda v: 255 * (v < 255))
+    out.paste((30, 30, 30), mask=Image.composite(inner, Image.new("L", mask.size), mask))
+    return out
+
+
+def _thumb(picture: Image.Image) -> Image.Image:
+    small = picture.copy()
+    small.thumbnail((320, 320), Image.Resampling.LANCZOS, reducing_gap=2)
+    return small
+
+
+def _sheet(folder: Path, out: Path, record: dict[str, Any], thumbs: dict[str, _Thumbs]) -> Image.Image:
+    """Each picture over its overlay, named, with the share that the object takes."""
+    good = [i for i in record["images"] if not i["error"]]
+    images, gap, line = good[:ON_SHEET], 12, 22
+    box = 320 if len(images) <= 12 else 240 if len(images) <= 40 else 180
+    columns = min(len(images), 4 if box == 320 else 6 if box == 240 else 10)
+    rows = []
+    for start in range(0, len(images), columns):
+        row = []
+        for image in images[start : start + columns]:
+            pair = thumbs.get(image["name"])
+            if pair is None:
+                pair = _thumb(read(folder / image["name"], box)[0]), _thumb(read(out / image["overlay"], box)[0])
+            for small in pair:
+                small.thumbnail((box, box))
+            row.append((image, pair))
+        rows.append((row, max(small.height for _, pair in row for small in pair)))
+    title = "; ".join(", ".join(f"{w['word']} {w['score']:.2f}" for w in s["words"][:3]) for s in record["sets"][:3])
+    title = f"{len(good)} pictures" + (f", first {ON_SHEET} shown" if len(good) > ON_SHEET else "") + (
+        f"; most likely in common: {title}" if title else "")  # fmt: skip
+    sheet_width = max(columns * (box + gap) + gap, 480)
+    sheet = Image.new("RGB", (sheet_width, sum(2 * h + line + 2 * gap for _, h in rows) + 40), "white")
+    text, head, small_font = ImageDraw.Draw(sheet), _font(17), _font(13)
+    text.text((gap, 10), _cut(text, title, head, sheet_width - 2 * gap), "black", head)
+    y = 40
+    for row, height in rows:
+        for n, (image, pair) in enumerate(row):
+            x = gap + n * (box + gap)
+            for k, small in enumerate(pair):
+                sheet.paste(small, (x + (box - small.width) // 2, y + k * (height + 4) + (height - small.height) // 2))
+            share = f"  {image['foreground']:.0%}" if image["foreground"] else "  nothing"
+            room = box - text.textlength(share, small_font)
+            label = _cut(text, image["name"], small_font, room) + share
+            text.text((x + box / 2, y + 2 * height + 8), label, (40, 40, 40), small_font, anchor="ma")
+        y += 2 * height + line + 2 * gap
+    return sheet
+
+
+def _font(size: int) -> Any:
+    import matplotlib
+
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)
+
+
+def _cut(draw: ImageDraw.ImageDraw, text: str, font: Any, room: float) -> str:
+    while draw.textlength(text, font) > room and len(text) > 4:
+        middle = len(text) // 2
+        text = f"{text[: middle - 1].rstrip('…')}…{text[middle + 1 :].lstrip('…')}"
+    return text
+
+
+# ------------------------------------------------------------------------------------------------------------- inside
+def _sources(images: Any) -> list[Picture]:
+    if isinstance(images, (str, Path)):
+        path = Path(images).expanduser()
+        return pictures_in(path) if path.is_dir() else [path]
+    if isinstance(images, Image.Image) or (isinstance(images, np.ndarray) and images.ndim < 4):
+        return [images]
+    sources = list(images)
+    if not sources:
+        raise LCCoError("no pictures given; a set has 1 or more")
+    return sources
+
+
+def _name(source: Picture, n: int) -> str:
+    if isinstance(source, (str, Path)):
+        return Path(source).name
+    return Path(getattr(source, "filename", "") or f"picture {n}").name
+
+
+def _sets(sources: Sequence[T], at_once: int) -> Iterator[list[T]]:
+    """Even parts of at most `at_once`, in order."""
+    count = -(-len(sources) // at_once)
+    edges = [round(k * len(sources) / count) for k in range(count + 1)]
+    for start, end in zip(edges, edges[1:], strict=False):
+        yield list(sources[start:end])
+
+
+def _stems(files: Sequence[Path]) -> dict[str, str]:
+    """File name → a stem of its own, also where a disk takes a.png and A.png for one file."""
+    twice = [f.stem.casefold() for f in files]
+    taken = {s for s in twice if twice.count(s) == 1}
+    out = {}
+    for file in files:
+        stem = file.stem
+        if twice.count(stem.casefold()) > 1:
+            stem = base = f"{file.stem}_{file.suffix[1:]}"
+            n = 2
+            while stem.casefold() in taken:
+                stem, n = f"{base}_{n}", n + 1
+            taken.add(stem.casefold())
+        out[file.name] = stem
+    return out
+
+
+def _try(work: Callable[..., R], *values: Any) -> R | str:
+    """What `work` gives, or in a line why it could not: decoders raise many kinds of errors on damaged files."""
+    try:
+        return work(*values)
+    except FileNotFoundError:
+        return "no such file"
+    except Image.UnidentifiedImageError:
+        heif = str(values[0]).lower().endswith((".heic", ".heif"))
+        return "HEIC is not supported; export it as JPEG" if heif else "not a picture, or of an unknown format"
+    except Image.DecompressionBombError as error:
+        return f"too many pixels ({str(error).split(',')[0]}); make it smaller"
+    except MemoryError:
+        return "too large for this machine's memory; make it smaller"
+    except Exception as error:
+        return f"cannot be read ({(str(error).splitlines() or [''])[0][:100] or type(error).__name__})"
+
+
+def _threaded(work: Callable[[T], R], items: Sequence[T], what: str) -> Iterator[R]:
+    """`work` of each item, in order; an interruption drops what has not begun."""
+    with warnings.catch_warnings(), ThreadPoolExecutor(max(2, min(4, os.cpu_count() or 2))) as pool:
+        warnings.simplefilter("ignore")  # large pictures and odd metadata are no news to their owner
+        futures = [pool.submit(work, item) for item in items]
+        try:
+            for future in progress(futures, what):
+                yield future.result()
+        finally:
+            for future in futures:
+                future.cancel()
+
+
+@contextlib.contextmanager
+def _writable(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        where, why = error.filename or out, error.strerror or error
+        raise LCCoError(f"{where}: {why}; give a folder that can be written") from None
+
+
+def _read_record(path: Path, key: str) -> dict[str, Any]:
+    """result.json of an earlier start with the same pictures and settings, else nothing."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return record if record["key"] == key and isinstance(record["images"], list) else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _versions() -> dict[str, str]:
+    from lcco.runs import environment
+
+    made = environment()
+    return {"python": made["python"], "platform": made["platform"], **made["versions"]}
