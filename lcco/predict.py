@@ -27,6 +27,9 @@ from lcco.data import PICTURES, CoSegData
 from lcco.metrics import resize_map
 
 if TYPE_CHECKING:
+    import pandas as pd
+
+    from lcco.config import Profile
     from lcco.train import Predictor
 
 T, R = TypeVar("T"), TypeVar("R")
@@ -85,6 +88,19 @@ class Report:
     def failed(self) -> list[str]:
         """The files that could not be read."""
         return [i["name"] for i in self.record["images"] if i["error"]]
+
+    def table(self) -> pd.DataFrame:
+        """A row for each picture: its size, how much of it the object takes, or why it could not be read."""
+        import pandas as pd
+
+        rows = [
+            {
+                "picture": i["name"], "width": i.get("width"), "height": i.get("height"),
+                "object (%)": None if i["error"] else round(100 * i["foreground"], 1), "problem": i["error"] or "",
+            }
+            for i in self.record["images"]
+        ]  # fmt: skip
+        return pd.DataFrame(rows).set_index("picture")
 
     def say_failed(self) -> None:
         """Name the files that could not be read, on stderr."""
@@ -217,6 +233,38 @@ def load_segmenter(weights: Path | str | None = None) -> Predictor:
     from lcco.train import load_model
 
     return load_model(_weights_file(weights), device="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def first_pictures(profile: Profile, folder: Path, weights: str | None = None, images: int = 6) -> tuple[Path, Path]:
+    """Pictures and a model for a first try: (folder of pictures, model file).
+
+    The first class, by name, of the profile's first test set, written into `folder` as PNG. Drawings go with the
+    profile's own model (taken from the run store, trained if need be), photographs with the shipped one; `weights` goes
+    before either. Where the photographs are not on this machine, drawings and the model of `embedded` stand in.
+    """
+    from lcco.config import load_profile
+    from lcco.data import load_data
+    from lcco.figures import is_drawn
+    from lcco.glyphworld import glyphworld
+
+    try:
+        data = load_data(profile.tests[0])
+    except LCCoError:
+        profile = load_profile("embedded")
+        data = load_data(profile.tests[0])
+    if drawn := is_drawn(data):
+        data = glyphworld("test", images, size=384)  # the same scenes, larger than the network needs
+    cls, items = next(iter(data.groups.items()))
+    place = Path(folder) / f"{data.name}-{cls}"
+    for n, i in enumerate(items[:images], 1):
+        if not (file := place / f"{cls}-{n}.png").is_file():
+            with atomic_path(file) as part:
+                data.image(i).save(part, "PNG")
+    if weights is None and drawn:
+        from lcco.runs import get_run
+
+        return place, get_run(profile.experiment.replace(seed=profile.seeds[0])).weights
+    return place, _weights_file(weights)
 
 
 def pictures_in(folder: Path | str) -> list[Path]:
@@ -465,7 +513,8 @@ def _sheet(folder: Path, out: Path, record: dict[str, Any], thumbs: dict[str, _T
     good = [i for i in record["images"] if not i["error"]]
     images, gap, line = good[:ON_SHEET], 12, 22
     box = 320 if len(images) <= 12 else 240 if len(images) <= 40 else 180
-    columns = min(len(images), 4 if box == 320 else 6 if box == 240 else 10)
+    rows_needed = -(-len(images) // (4 if box == 320 else 6 if box == 240 else 10))
+    columns = -(-len(images) // rows_needed)  # no row much shorter than the others
     rows = []
     for start in range(0, len(images), columns):
         row = []

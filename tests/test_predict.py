@@ -18,9 +18,9 @@ import lcco
 from lcco import predict
 from lcco.cli import main
 from lcco.common import LCCoError
-from lcco.config import Experiment
+from lcco.config import Experiment, Profile, load_profile
 from lcco.inputs import Inputs
-from lcco.predict import cosegment, cosegment_folder, load_segmenter, read
+from lcco.predict import cosegment, cosegment_folder, first_pictures, load_segmenter, read
 from lcco.train import build_model, save_weights, trained_state
 
 WORDS = ["cow", "dog", "car", "boat", "cat", "airplane"]
@@ -329,8 +329,7 @@ def test_folder_gives_masks_overlays_sheet_and_record(model, photos, tmp_path):
         assert entry["name"] == r.name and (entry["width"], entry["height"]) == r.size and entry["error"] is None
         assert entry["foreground"] == pytest.approx(r.mask.mean(), abs=1e-6)
     with Image.open(out / "contact_sheet.jpg") as sheet:
-        assert sheet.width == 4 * (320 + 12) + 12  # four columns of inputs over overlays, two rows of them
-        assert sheet.height == 40 + (2 * 90 + 22 + 24) + (2 * 60 + 22 + 24) or sheet.height > 2 * 2 * 60
+        assert sheet.size == (3 * (320 + 12) + 12, 40 + (2 * 60 + 22 + 24) + (2 * 90 + 22 + 24))  # 3 and 2 pictures
 
 
 def test_sheet_shows_each_input_over_its_overlay(model, tmp_path):
@@ -428,6 +427,34 @@ def test_a_place_that_cannot_be_written(model, photos, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(LCCoError, match="file.*can be written"):
         cosegment_folder(photos, tmp_path / "file" / "out", weights=model)
+
+
+def test_first_pictures_are_drawn_where_photographs_are_absent(weights, tmp_path, monkeypatch):
+    monkeypatch.setenv("LCCO_DATA", str(tmp_path / "none"))
+    for profile in ("embedded", "lite"):
+        place, model = first_pictures(load_profile(profile), tmp_path / profile, str(weights), images=3)
+        assert model == weights and len(predict.pictures_in(place)) == 3
+        assert Image.open(predict.pictures_in(place)[0]).size == (384, 384)
+    times = [f.stat().st_mtime_ns for f in place.iterdir()]
+    first_pictures(load_profile("lite"), tmp_path / "lite", str(weights), images=3)
+    assert times == [f.stat().st_mtime_ns for f in place.iterdir()]  # so that a second run redoes nothing
+
+
+def test_first_pictures_are_a_class_of_the_test_set(weights, tmp_path, monkeypatch):
+    from drawn import folders
+
+    folders(tmp_path, ["dog", "cat"], n=3, name="photos")
+    profile = Profile("mine", tests=(str(tmp_path / "photos"),))
+    monkeypatch.setattr(predict, "SHIPPED", weights)
+    place, model = first_pictures(profile, tmp_path / "out", images=2)
+    assert model == weights and [f.name for f in predict.pictures_in(place)] == ["cat-1.png", "cat-2.png"]
+
+
+def test_report_as_a_table(model, photos, tmp_path):
+    (photos / "bad.png").write_text("no")
+    table = cosegment_folder(photos, tmp_path / "out", weights=model).table()
+    assert list(table.index) == ["bad.png", "p0.jpg", "p1.jpg", "p2.jpg", "p3.jpg"]
+    assert table["problem"].astype(bool).tolist() == [True] + [False] * 4 and table.loc["p0.jpg", "width"] == 90
 
 
 def test_command_line(weights, photos, tmp_path, capsys):
