@@ -245,7 +245,8 @@ class Profile:
     group_size: int = 5
     baseline: dict[str, Any] = field(default_factory=dict)  # what the Baseline changes beside the three switches
     ablation_seeds: tuple[int, ...] = (0,)  # seeds of the ablation rows
-    ablation_test: str = ""  # the set in the place of iCoseg
+    ablation_test: tuple[str, ...] = ()  # the set (or sets) in the place of iCoseg
+    choice_test: str = ""  # pictures that hold two classes: ablation rows are scored on the group-choice test too
 
 
 def load_profile(profile: str | Path) -> Profile:

@@ -70,7 +70,7 @@ def overlay(image: np.ndarray, mask: np.ndarray, colour: Sequence[float] = ORANG
     scaled = Image.fromarray(np.asarray(mask, np.float32)).resize((width, height), Image.Resampling.BILINEAR)
     on = np.asarray(scaled) > 0.5
     grey = np.repeat(image.mean(-1, keepdims=True), 3, -1)
-    out = np.where(on[..., None], 0.45 * image + 0.55 * np.asarray(colour), 0.35 + 0.4 * grey)
+    out = np.where(on[..., None], 0.5 * grey + 0.6 * np.asarray(colour), 0.35 + 0.4 * grey).clip(0, 1)
     inner = Image.fromarray(on.astype(np.uint8) * 255).filter(ImageFilter.MinFilter(2 * round(max(on.shape) / 180) + 3))
     out[on & (np.asarray(inner) == 0)] = 0.15
     return out
@@ -173,33 +173,216 @@ def main_figure(
     Not picked by eye: of each test set the class with LCCo's median J (of a single test set the classes at the
     12th, 38th, 62nd and 88th percentile), and its first images by name. Masks at threshold 0.5.
     """
-    from lcco.data import load_data
+    text = "Fig. 4. Inputs, truth, Baseline and LCCo (first seed)."
+    return masks_figure(profile, results, folder, "fig4", ("Baseline", "LCCo"), text, protocol, images)
 
+
+def masks_figure(
+    profile: Profile, results: Results, folder: Path, name: str, models: Sequence[str] | Mapping[str, str], text: str,
+    protocol: str = "ufo", images: int = 5,
+) -> Path | None:  # fmt: skip
+    """Inputs, truth and the masks of some rows of a table, first seed; None if no model could be run.
+
+    models: rows of the table in order, `LCCo` among them; a mapping gives them other names. Sets: see `chosen_sets`.
+    """
+    runs = first_runs(results)
+    names = models if isinstance(models, Mapping) else {m: m for m in models}
+    sets = chosen_sets(profile, results, protocol, images)
+    if not sets:
+        return None
+    predictors = {label: runs[row].predictor() for row, label in names.items() if row in runs}
+    panels = []
+    for one in sets:
+        pictures = [np.asarray(one.data.image(i)) / 255 for i in one.items]
+        truth = [(one.data.mask(i, [one.cls]) == 1).astype(np.float32) for i in one.items]
+        masks = {label: list(model(one.data, one.items, one.cls)) for label, model in predictors.items()}
+        panels.append(Panel(one.title, pictures, {"truth": truth, **masks}))
+    drawn = all(is_drawn(one.data) for one in sets)
+    return save(qualitative(panels), folder, name, f"{text} {SETS_BY_RULE}", photos=not drawn)
+
+
+# ------------------------------------------------------------------------------------------------- sets chosen by rule
+SETS_BY_RULE = (
+    "Sets chosen by rule: of each test set the class with LCCo's median J, of a single test set the classes at four "
+    "percentiles (J is the class mean over all its images); the first images by name."
+)
+
+
+@dataclass
+class ChosenSet:
+    """One image set of a figure: items of one class of a test set."""
+
+    title: str
+    data: CoSegData
+    cls: str
+    items: list[int]
+
+
+def first_runs(results: Results) -> dict[str, Any]:
+    """Each row's run with the first seed."""
     runs: dict[str, Any] = {}
     for (row, _), run in results.runs.items():
         runs.setdefault(row, run)
-    tests = list(dict.fromkeys(r["test_set"] for r in results.rows if r["run"] and r["row"] == "LCCo"))
-    if not tests:
-        return None
-    models = {row: runs[row].predictor() for row in ("Baseline", "LCCo") if row in runs}
-    panels, drawn = [], True
+    return runs
+
+
+def chosen_sets(profile: Profile, results: Results, protocol: str = "ufo", images: int = 5) -> list[ChosenSet]:
+    """Not picked by eye: the sets that `SETS_BY_RULE` says, of the test sets on which the run `LCCo` was scored."""
+    from lcco.data import load_data
+
+    run = first_runs(results).get("LCCo")
+    own = [r for r in results.rows if run and r["run"] == run.path.name and r["protocol"] != "choice"]
+    tests = list(dict.fromkeys(r["test_set"] for r in own))
+    out = []
     for test in tests:
-        data = load_data(test)
-        drawn &= is_drawn(data)
-        scores: dict[str, list[float]] = {}
-        for line in runs["LCCo"].evaluate(test, protocol, profile.group_size)[protocol].rows:
+        data, scores = load_data(test), {}
+        for line in run.evaluate(test, protocol, profile.group_size)[protocol].rows:
             scores.setdefault(line["class"], []).append(line["J"])
         order = sorted(scores, key=lambda c: float(np.mean(scores[c])))
         shares = (0.5,) if len(tests) > 1 else (0.125, 0.375, 0.625, 0.875)
         for cls in dict.fromkeys(order[int(share * len(order))] for share in shares):
-            items = list(data.groups[cls][:images])
-            truth = [(data.mask(i, [cls]) == 1).astype(np.float32) for i in items]
-            masks = {"truth": truth, **{row: list(model(data, items, cls)) for row, model in models.items()}}
             title = f"{cls} (J {100 * np.mean(scores[cls]):.0f}), {test}"
-            panels.append(Panel(title, [np.asarray(data.image(i)) / 255 for i in items], masks))
+            out.append(ChosenSet(title, data, cls, list(data.groups[cls][:images])))
+    return out
+
+
+def feature_figure(profile: Profile, results: Results, folder: Path, images: int = 5) -> Path | None:
+    """Fig. 3, top: for each chosen set its pictures and F³ before and after CLIP regularization; None without a run.
+
+    A map is shown as Fig. 3's bars see it: softmax over the positions, mean over the channels, times their number (1 =
+    no preference); one colour scale for both maps of a set.
+    """
+    import torch
+    from PIL import Image
+
+    run = first_runs(results).get("LCCo")
+    sets = chosen_sets(profile, results, profile.protocols[0], images)[:2] if run else []
+    if not sets:
+        return None
+    predictor, names = run.predictor(), ("input", "before", "after")
+    width = max(len(one.items) for one in sets)
+    cell = PAGE / (2 * width + 1.4)
+    figure, axes = new_figure(PAGE, 3 * cell + 0.45, nrows=3, ncols=len(sets) * width, squeeze=False)
+    for one_axes in axes.flat:
+        one_axes.set(xticks=[], yticks=[])
+        one_axes.set_frame_on(False)
+    for n, one in enumerate(sets):
+        with torch.no_grad():
+            kept = predictor.output(one.data, one.items, return_maps=True).maps["clip_regularization"]
+        shares = [m[0].float().cpu().flatten(2).softmax(-1).mean(1) * m[0, 0, 0].numel() for m in kept]
+        side = kept[0].shape[-2:]
+        top = max(float(s.quantile(0.995)) for s in shares)
+        for c, i in enumerate(one.items):
+            column = axes[:, n * width + c]
+            column[0].imshow(one.data.image(i).resize((160, 160), Image.Resampling.BILINEAR))
+            for r, s in enumerate(shares, 1):
+                shown = column[r].imshow(s[c].view(side).numpy(), cmap="viridis", vmin=0, vmax=top)
+        axes[0, n * width + len(one.items) // 2].set_title(one.title, fontsize=7)
+        right = axes[1:, n * width : (n + 1) * width].ravel().tolist()
+        bar = figure.colorbar(shown, ax=right, fraction=0.03, pad=0.01, aspect=30)
+        bar.ax.tick_params(labelsize=6)
+    for one_axes, name in zip(axes[:, 0], names, strict=True):
+        one_axes.set_ylabel(name, fontsize=7)
     text = (
-        "Fig. 4. Inputs, truth, Baseline and LCCo (first seed). Sets chosen by rule: of each test set the class with "
-        "LCCo's median J, of a single test set the classes at four percentiles (J is the class mean over all its "
-        "images); the first images by name."
+        "Fig. 3, top. Pictures and the feature map before and after CLIP regularization: softmax over the positions of "
+        f"each channel, mean over channels, times the number of positions (1: no preference). {SETS_BY_RULE}"
     )
-    return save(qualitative(panels), folder, "fig4", text, photos=not drawn)
+    return save(figure, folder, "fig3_maps", text, photos=not all(is_drawn(one.data) for one in sets))
+
+
+def show(figure: Figure | None, folder: Path, name: str, text: str, width: int = 500) -> Any:
+    """Save a figure and give it to be shown in a notebook; a line says so where there is none."""
+    if figure is None:
+        print("nothing could be run here, so there is no figure")
+        return None
+    from IPython.display import Image
+
+    return Image(filename=str(save(figure, folder, name, text)), width=width)
+
+
+def lines(
+    rows: Any, x: str = "J", y: str = "row", by: str = "test", xlabel: str = "", width: float = COLUMN
+) -> Figure | None:
+    """A line a row: mean `x` with ± one standard deviation over seeds, a marker for each `by`. Long names fit.
+
+    by: `test` tells rows apart by test set and protocol. None if no row was measured.
+    """
+    import pandas as pd
+    import seaborn as sns
+
+    from lcco.tables import LABELS
+
+    frame = pd.DataFrame(rows).dropna(subset=[x])
+    if frame.empty:
+        return None
+    if by == "test":
+        frame["test"] = [
+            LABELS.get(t, t) + ("" if p == "choice" else f", {p}")
+            for t, p in zip(frame["test_set"], frame["protocol"], strict=True)
+        ]
+    figure, axes = new_figure(width, 1.0 + 0.26 * frame[y].nunique())
+    kinds = frame[by].nunique()
+    style = {"errorbar": "sd", "linestyle": "none", "dodge": 0.5 if kinds > 1 else False, "err_kws": {"linewidth": 1}}
+    sns.pointplot(frame, x=x, y=y, hue=by, ax=axes, markers=["o", "s", "^", "D", "v", "P", "X", "*"][:kinds],
+                  markersize=4, palette=sns.color_palette("colorblind", kinds), **style)  # fmt: skip
+    axes.set(xlabel=xlabel or f"{x} (%)", ylabel="")
+    sns.despine(ax=axes)
+    axes.grid(linewidth=0.4, alpha=0.6)
+    axes.legend(title=None, frameon=False, fontsize=7, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
+    return figure
+
+
+def sweep(series: Mapping[str, Any], x: str, xlabel: str = "", y: str = "J", width: float = PAGE) -> Figure | None:
+    """Curves of several sweeps over the same `x`, a panel for each test set and protocol; mean ± sd over seeds.
+
+    None if no row was measured.
+    """
+    import pandas as pd
+    import seaborn as sns
+
+    from lcco.tables import LABELS
+
+    frame = pd.concat([pd.DataFrame(rows).assign(sweep=name) for name, rows in series.items()])
+    frame = frame.dropna(subset=[y])
+    if frame.empty:
+        return None
+    panels = list(dict.fromkeys(zip(frame["test_set"], frame["protocol"], strict=True)))
+    figure, axes = new_figure(width, 2.3, nrows=1, ncols=len(panels), squeeze=False)
+    for n, (one, (test, protocol)) in enumerate(zip(axes[0], panels, strict=True)):
+        own = frame[(frame["test_set"] == test) & (frame["protocol"] == protocol)]
+        sns.lineplot(own, x=x, y=y, hue="sweep", style="sweep", markers=True, errorbar="sd", ax=one, legend=n == 0)
+        one.set(xlabel=xlabel or x, ylabel=f"{y} (%)", xticks=sorted(own[x].unique()))
+        one.set_title(f"{LABELS.get(test, test)}, {protocol}", fontsize=8)
+        _tidy(one)
+    shown = axes[0, 0].get_legend_handles_labels()
+    axes[0, 0].get_legend().remove()
+    figure.legend(*shown, loc="outside upper center", ncols=len(series), frameon=False, fontsize=7)
+    return figure
+
+
+def norm_bars(rows: Any, softmax: str = "over positions") -> Figure | None:
+    """Fig. 3's bars: the norm on each test set before and after the module, and of a flat map; None if not measured."""
+    from lcco.tables import LABELS
+
+    own = [{**r, "test_set": LABELS.get(r["test_set"], r["test_set"])} for r in rows if r["softmax"] == softmax]
+    if all(r["norm"] is None for r in own):
+        return None
+    return bars(own, "test_set", "norm", "row", "norm of M * softmax(F)")
+
+
+def cost_figure(rows: Any, width: float = PAGE) -> Figure:
+    """Seconds for one set, part by part, a panel for each network (logarithmic)."""
+    import pandas as pd
+    import seaborn as sns
+
+    frame = pd.DataFrame(rows)
+    networks = list(dict.fromkeys(frame["network"]))
+    figure, axes = new_figure(width, 2.4, nrows=1, ncols=len(networks), squeeze=False, sharey=True)
+    for one, name in zip(axes[0], networks, strict=True):
+        own = frame[frame["network"] == name]
+        shown = own.assign(seconds=own["seconds"].clip(lower=1e-4))
+        sns.barplot(shown, x="seconds", y="row", ax=one, color="C0", edgecolor="0.2", linewidth=0.6)
+        one.set(xscale="log", xlabel="seconds a set", ylabel="", title=name)
+        sns.despine(ax=one)
+        one.grid(axis="x", linewidth=0.4, alpha=0.6)
+    return figure

@@ -245,6 +245,8 @@ def write_index(results: Path) -> Path:
     lines: dict[tuple[str, str], dict[str, list[str]]] = {}
     for profile in profiles:
         for table in written_tables(results / profile):
+            if "J" not in table.layout.metrics:
+                continue
             titles.setdefault(table.name, table.layout.title)
             rows = table.rows[table.rows["status"] != QUOTED]
             rows = rows[rows["protocol"] == rows["protocol"].iloc[0]] if len(rows) else rows  # the headline protocol

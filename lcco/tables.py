@@ -10,7 +10,7 @@ import dataclasses
 import html
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -32,9 +32,10 @@ ROW_FIELDS = (
 MEASURED, QUOTED = "measured", "not run: quoted from the paper"
 LABELS = {
     "msrc7": "MSRC7", "msrc14": "MSRC (14)", "internet300": "Internet", "icoseg8": "iCoseg", "pascal1037": "PASCAL",
-    "glyphworld_test": "GlyphWorld", "voc_train": "VOC train", "voc_val": "VOC val", "coco_seg": "COCO",
+    "glyphworld_test": "GlyphWorld", "glyphworld_choice": "GlyphWorld choice", "voc_train": "VOC train",
+    "voc_val": "VOC val", "coco_seg": "COCO",
     "paper_P": "paper P", "paper_J": "paper J", "row": "", "test_set": "test set", "train_set": "trained on",
-    "group_size": "set size",
+    "group_size": "set size", "change_P": "P change", "change_J": "J change",
 }  # fmt: skip
 PAPER_SETS = {"msrc7": "MSRC", "internet300": "Internet", "icoseg8": "iCoseg", "pascal1037": "PASCAL"}
 BASELINE = {"model.isfc": False, "model.clip_interaction": False, "model.clip_regularization": False}
@@ -236,6 +237,8 @@ class Layout:
     decimals: int = 1
     metrics: tuple[str, ...] = ("P", "J")
     notes: tuple[str, ...] = ()
+    lower: tuple[str, ...] = ()  # metrics of which the lowest is the best
+    unit: str = "In per cent"  # "": no scores, so nothing is best and the notes are `notes` alone
 
 
 @dataclass
@@ -298,8 +301,9 @@ class Table:
             for metric in (*self.layout.metrics, *(f"paper_{m}" for m in self.layout.metrics)):
                 mine = part[part[self.layout.across] == group]
                 column = [self._cell(mine[(names.loc[mine.index] == line).all(axis=1)], metric) for line in lines]
-                if any(c.mean is not None or c.text for c in column):
-                    _mark_best(column, self.layout.decimals)
+                if any(c.mean is not None or c.note for c in column):  # a metric that no line has needs no column
+                    if self.layout.unit:
+                        _mark_best(column, self.layout.decimals, min if metric in self.layout.lower else max)
                     columns.append((group, metric))
                     cells.append(column)
         return Block(title, columns, [(line, [c[n] for c in cells]) for n, line in enumerate(lines)])
@@ -309,7 +313,7 @@ class Table:
             return Cell()
         first, cell = rows.iloc[0], Cell()
         paper = metric.startswith("paper_")
-        values = rows[metric].dropna() if metric in rows else rows.iloc[:, :0]
+        values = rows[metric].dropna() if metric in rows else rows["P"].iloc[:0]
         if paper:
             values = values.iloc[:1]
         if len(values):
@@ -331,13 +335,13 @@ class Table:
         """What stands below the table, unnumbered: how to read it, what it was made with, the slips in the record."""
         done = self.rows[self.rows["status"] == MEASURED]
         out = []
-        if len(done):
+        if len(done) and self.layout.unit:
             seeds = done.groupby([*self.layout.stub, "test_set", "protocol"], sort=False)["seed"].nunique()
             least, most = seeds.min(), seeds.max()
             spread = f"one seed ({_listed(done['seed'])})"
             if most > 1:
                 spread = f"mean ± standard deviation over {most if least == most else f'up to {most}'} seeds"
-            out.append(f"In per cent; {spread}; best in bold; sets of {_listed(done['group_size'])} images.")
+            out.append(f"{self.layout.unit}; {spread}; best in bold; sets of {_listed(done['group_size'])} images.")
             what = [f"{k.replace('_', ' ')} {_listed(done[k])}" for k in ("profile", "backbone", "tower", "vocabulary")]
             out.append(", ".join(what) + f"; trained on {_listed(done['train_set'])}.")
             counts = done.groupby("test_set", sort=False)["images"].max()
@@ -475,15 +479,17 @@ def _slips(table: str) -> pd.DataFrame:
     return notes[notes["table"] == table]
 
 
-def _mark_best(column: list[Cell], decimals: int) -> None:
+def _mark_best(column: list[Cell], decimals: int, best: Callable[[list[float]], float]) -> None:
     shown = [round(c.mean, decimals) for c in column if c.mean is not None]
     if len(set(shown)) > 1:
         for c in column:
-            c.best = c.mean is not None and round(c.mean, decimals) == max(shown)
+            c.best = c.mean is not None and round(c.mean, decimals) == best(shown)
 
 
 def _label(name: Any) -> str:
-    return LABELS.get(str(name), str(name))
+    """A name as people read it; `glyphworld_test:5`, a set's first pictures, is `GlyphWorld:5`."""
+    base, colon, n = str(name).partition(":")
+    return LABELS.get(base, base) + colon + n
 
 
 def _listed(values: Any) -> str:
