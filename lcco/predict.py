@@ -36,7 +36,7 @@ T, R = TypeVar("T"), TypeVar("R")
 Picture: TypeAlias = "str | Path | Image.Image | np.ndarray"
 
 SHIPPED = Path(__file__).parent / "weights" / "lite.safetensors"
-AT_ONCE = 64  # pictures in one set: ISFC compares every two of them, and 64 keep a live backbone under 3 GB
+AT_ONCE = 64  # pictures in one set: ISFC compares every two of them, 64 at 320 px with a live backbone peak at 3 GB
 LONGEST = 1600  # pixels along the longer side of an overlay
 ON_SHEET = 200  # pictures on the contact sheet
 ENDINGS = PICTURES | {
