@@ -548,6 +548,7 @@ NAMES = (*_VOC_SETS, *_FOLDER_SETS, "coco_seg", *(f"glyphworld_{f}" for f in GLY
 def load_data(spec: str, root: Path | None = None) -> CoSegData:
     """The set of a known name (`NAMES`) under `root`, or of a folder in a known layout; `a+b` joins sets.
 
+    `glyphworld_train:40` is a fold drawn with that many pictures (of each class, for the test fold).
     Joined sets have one class list: a class that both have becomes one group. `root` defaults to `$LCCO_DATA`.
     Raises: LCCoError saying where the set was looked for.
     """
@@ -555,10 +556,13 @@ def load_data(spec: str, root: Path | None = None) -> CoSegData:
     if "+" in spec and not Path(spec).exists():
         sets = [load_data(word.strip(), base) for word in spec.split("+")]
         return _View(spec, [(data, range(len(data))) for data in sets])
-    if spec.startswith("glyphworld_") and spec in NAMES:
+    fold, colon, n = spec.removeprefix("glyphworld_").partition(":")
+    if spec.startswith("glyphworld_") and fold in GLYPH_FOLDS:
         from lcco.glyphworld import glyphworld
 
-        return glyphworld(spec.removeprefix("glyphworld_"))
+        if colon and not (n.isdigit() and int(n)):
+            raise LCCoError(f"data `{spec}`: `{n}` must be a number of pictures, as in glyphworld_{fold}:40")
+        return glyphworld(fold, int(n) if n else None)
     if spec in _VOC_SETS:
         home = _home(spec, base, _VOC_HOMES, ("voc",))
         lists = [_aug_list(home) if w == "train_aug" else w for w in _VOC_SETS[spec]]

@@ -88,10 +88,10 @@ class Predictor:
 
     def __call__(self, data: CoSegData, items: Sequence[int], cls: str | None = None) -> np.ndarray:
         """Mask probabilities [n, S, S] in 0..1 of one set of items."""
-        p = self.output(data, items, cls).logits[0].sigmoid()
+        p = self.output(data, items, cls).logits[0].float().sigmoid()
         if self.flip:
-            p = (p + self.output(data, items, cls, flipped=True).logits[0].sigmoid().flip(-1)) / 2
-        return p.cpu().numpy()
+            p = (p + self.output(data, items, cls, flipped=True).logits[0].float().sigmoid().flip(-1)) / 2
+        return p.float().cpu().numpy()
 
     def words(self, out: Output, n: int = 5) -> list[tuple[str, float]]:
         """The set's most likely words with their probabilities: Eq. 7's v, or without it softmax of the summed S."""
