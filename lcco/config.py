@@ -62,6 +62,7 @@ class ModelConfig:
     placement: Literal["decoder", "encoder"] = "decoder"
     strides: tuple[int, int, int] = (32, 16, 8)  # where F1, F2, F3 sit in the decoder
     modulation_residual: bool = False
+    mlp3: Literal["vocabulary", "shared"] = "vocabulary"  # P→P as in Eq. 7, or one small network for every word
     mlp3_skip: bool = False  # MLP3 adds its input to its output
     heads: int = 4
     k: int = 5  # distilled prompts

@@ -203,17 +203,22 @@ class CLIPInteraction(nn.Module):
 class CLIPRegularization(nn.Module):
     """CLIP regularization: the set's most likely class is identified and its text embedding modulates F³.
 
-    skip: MLP3's input is added to its output, so that training starts from CLIP's own opinion.
-    Deviation (`mlp3_skip`): the paper has no skip. The argmax passes no gradient: MLP3 learns from Eq. 12 alone.
+    The argmax passes no gradient: MLP3 learns from Eq. 12 alone.
+    Deviation (`mlp3: shared`): MLP3 is P→P, so Eq. 12 teaches it never to choose a word that no training group was
+    of. `shared` is one small network for all words, of a word's similarity to the image and to the set on average; it
+    knows no word by name, so classes unseen in training may be chosen and any vocabulary fits.
+    Deviation (`mlp3_skip`): MLP3's input (`shared`: the set's average) is added to its output, so that training
+    starts from CLIP's own opinion.
     """
 
     def __init__(
-        self, channels: int, width: int, prompts: int, *, logit_scale: float, residual: bool = False, skip: bool = False
-    ):
+        self, channels: int, width: int, prompts: int, *, logit_scale: float, residual: bool = False,
+        skip: bool = False, shared: bool = False,
+    ):  # fmt: skip
         super().__init__()
-        self.logit_scale, self.skip = logit_scale, skip
-        hidden = min(prompts, 256)
-        self.mlp3 = nn.Sequential(nn.Linear(prompts, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, prompts))
+        self.logit_scale, self.skip, self.shared = logit_scale, skip, shared
+        c_in, hidden, c_out = (2, 32, 1) if shared else (prompts, min(prompts, 256), prompts)
+        self.mlp3 = nn.Sequential(nn.Linear(c_in, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, c_out))
         if skip:
             nn.init.zeros_(self.mlp3[-1].weight)
             nn.init.zeros_(self.mlp3[-1].bias)
@@ -226,7 +231,15 @@ class CLIPRegularization(nn.Module):
         similarity: [B, N, P] cosines (scaled by CLIP's logit scale here); present: [B, N]. Returns [B, P], sums to 1.
         """
         s = similarity * self.logit_scale
-        logits = self.mlp3(s) + s if self.skip else self.mlp3(s)
+        if self.shared:
+            s = s - s.mean(dim=-1, keepdim=True)  # what all words share says nothing of any of them
+            weight = present[..., None].to(s)
+            mean = ((s * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)).expand_as(s)
+            logits = self.mlp3(torch.stack([s, mean], dim=-1))[..., 0]
+            s = mean
+        else:
+            logits = self.mlp3(s)
+        logits = logits + s if self.skip else logits
         return logits.masked_fill(~present[..., None], float("-inf")).amax(dim=1).softmax(dim=-1)
 
     @staticmethod
@@ -247,7 +260,7 @@ class LCCo(nn.Module):
     """The whole network; with the three switches off it is the Baseline (same backbone, same top-down path).
 
     backbone: gives maps at strides 4, 8, 16, 32 (`lcco.backbones.Backbone`). embedding_width: D. prompts: P; MLP3 is
-    P→P, so weights belong to one vocabulary in one order. placement `decoder` refines the top-down path at `strides`
+    P→P unless `shared`, so weights belong to one vocabulary in one order. placement `decoder` refines the top-down path at `strides`
     (F¹ coarse to F³ fine); `encoder` refines the outputs of backbone stages 2, 3, 4, each feeding the next stage.
     Source: Duan et al., LCCo, Fig. 2; the top-down path follows FPN, which the paper names by its property only.
     """
@@ -267,6 +280,7 @@ class LCCo(nn.Module):
         placement: str = "decoder",
         strides: tuple[int, int, int] = (32, 16, 8),
         modulation_residual: bool = False,
+        mlp3: str = "vocabulary",
         mlp3_skip: bool = False,
         heads: int = 4,
         k: int = 5,
@@ -294,7 +308,8 @@ class LCCo(nn.Module):
         )
         self.clip_regularization = (
             CLIPRegularization(
-                ch[2], D, prompts, logit_scale=logit_scale, residual=modulation_residual, skip=mlp3_skip
+                ch[2], D, prompts, logit_scale=logit_scale, residual=modulation_residual, skip=mlp3_skip,
+                shared=mlp3 == "shared",
             )
             if clip_regularization
             else None

@@ -35,7 +35,7 @@ def build_model(experiment: Experiment, inputs: Inputs) -> LCCo:
             backbone=inputs.backbone, embedding_width=inputs.tower.width, prompts=len(inputs.words),
             logit_scale=inputs.tower.logit_scale, width=m.width, isfc=m.isfc, clip_interaction=m.clip_interaction,
             clip_regularization=m.clip_regularization, isfc_softmax=m.isfc_softmax, placement=m.placement,
-            strides=m.strides, modulation_residual=m.modulation_residual, mlp3_skip=m.mlp3_skip, heads=m.heads, k=m.k,
+            strides=m.strides, modulation_residual=m.modulation_residual, mlp3=m.mlp3, mlp3_skip=m.mlp3_skip, heads=m.heads, k=m.k,
         ).to(memory_format=torch.channels_last)  # fmt: skip
 
 
@@ -151,7 +151,8 @@ def load_model(path: Path, *, device: str = "cpu", inputs: Inputs | None = None,
     about = read_about(path)
     experiment = build(Experiment, about["experiment"]).replace(changes)
     inputs = inputs or Inputs(experiment, device=device)
-    if inputs.vocabulary_hash != about["vocabulary_hash"]:
+    tied = experiment.model.clip_regularization and experiment.model.mlp3 == "vocabulary"
+    if tied and inputs.vocabulary_hash != about["vocabulary_hash"]:
         raise LCCoError(
             f"{path}: trained with another vocabulary ({len(about['words'])} words, {about['vocabulary_hash']}) than "
             f"`{experiment.tower.vocabulary}` ({len(inputs.words)} words, {inputs.vocabulary_hash}); MLP3's "

@@ -206,6 +206,25 @@ def test_modulation_is_eq_5_and_8(residual):
 
 
 @pytest.mark.parametrize("skip", [False, True])
+def test_one_mlp3_for_every_word(skip):
+    torch.manual_seed(0)
+    m = CLIPRegularization(8, D, P, logit_scale=10.0, skip=skip, shared=True).eval()
+    stir(m)
+    S, N = torch.rand(1, 3, P), 2
+    v = m.class_probabilities(S, torch.tensor([[True, True, False]]))[0]
+    s = [[10 * (S[0, i, p] - sum(S[0, i]) / P) for p in range(P)] for i in range(N)]
+    peak = []
+    for p in range(P):
+        mean = (s[0][p] + s[1][p]) / 2
+        scores = [m.mlp3(torch.stack([s[i][p], mean])) + (mean if skip else 0) for i in range(N)]
+        peak.append(max(x.item() for x in scores))
+    weights = [math.exp(x - max(peak)) for x in peak]
+    assert v.tolist() == pytest.approx([w / sum(weights) for w in weights], rel=1e-4)
+    order = torch.randperm(P)  # it knows no word by its place
+    torch.testing.assert_close(m.class_probabilities(S[..., order], torch.tensor([[True, True, False]]))[0], v[order])
+
+
+@pytest.mark.parametrize("skip", [False, True])
 def test_regularization_is_eq_6_and_7(skip):
     torch.manual_seed(0)
     m = CLIPRegularization(8, D, P, logit_scale=10.0, skip=skip).eval()
