@@ -82,7 +82,7 @@ def reading_variants(experiment: Experiment, vocabularies: Sequence[str] | None 
     """
     m, loss = experiment.model, experiment.loss
     other = {"neighbours": "channels", "channels": "neighbours", "decoder": "encoder", "encoder": "decoder",
-             "mean": "sum", "sum": "mean", "zero": "mean"}  # fmt: skip
+             "mean": "sum", "sum": "mean", "vocabulary": "shared", "shared": "vocabulary"}  # fmt: skip
     if vocabularies is None:
         vocabularies = ("coco80",) if experiment.tower.vocabulary == "glyphs" else ("voc20", "imagenet1k")
     softmax, reduction = other[m.isfc_softmax], other[loss.lc_reduction]
@@ -100,6 +100,8 @@ def reading_variants(experiment: Experiment, vocabularies: Sequence[str] | None 
          {"loss.mask_background": background}),
         ("mlp3_skip", f"Eq. 7: MLP3 {'without' if m.mlp3_skip else 'with'} a skip",
          {"model.mlp3_skip": not m.mlp3_skip}),
+        ("mlp3", "Eq. 7: MLP3 " + ("from P words to P" if m.mlp3 == "shared" else "one small network for every word"),
+         {"model.mlp3": other[m.mlp3]}),
     ]  # fmt: skip
     turned += [
         ("vocabulary", f"the words of {name}", {"tower.vocabulary": name})
