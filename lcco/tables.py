@@ -326,7 +326,7 @@ class Table:
                 for _, slip in _slips(self.name).iterrows():
                     mine = slip["row"] and slip["row"] in str(first["row"]) and slip["test_set"] == first["test_set"]
                     cell.note = self._note(slip["note"]) if mine and metric == "paper_J" else cell.note
-        elif not paper and first["status"] != QUOTED:
+        elif metric in self.layout.metrics[:2] and first["status"] != QUOTED:
             cell.text = "not run" if first["status"] != MEASURED else "–"
             cell.note = self._note(first["status"]) if first["status"] != MEASURED else 0
         return cell
