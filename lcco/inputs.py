@@ -72,6 +72,8 @@ class Inputs:
         self._stores: dict[tuple[str, bool], list[np.ndarray]] = {}
         self._embeddings: dict[str, Tensor] = {}
         self._masked: dict[tuple[str, int, tuple[str, ...]], Tensor] = {}
+        self._truths: dict[str, np.ndarray] = {}
+        self._pairs: dict[str, dict[tuple[int, tuple[str, ...]], int]] = {}
         self._truth = lru_cache(maxsize=max(64, MEMO_BYTES // self.size**2))(self._read_truth)
         self._square = lru_cache(maxsize=max(64, MEMO_BYTES // (3 * self.size**2)))(self._read_square)
 
@@ -81,7 +83,16 @@ class Inputs:
         return vocabulary_hash(self.words)
 
     def _read_truth(self, data: CoSegData, i: int, classes: tuple[str, ...]) -> np.ndarray:
-        return mask_square(data, i, classes, self.size)
+        stored = self._truths.get(data.digest())
+        row = self._rows(data).get((i, classes)) if stored is not None else None
+        return mask_square(data, i, classes, self.size) if row is None else stored[row]
+
+    def _rows(self, data: CoSegData) -> dict[tuple[int, tuple[str, ...]], int]:
+        """Every (item, class) that a group can ask for → its row in the stores below."""
+        if data.digest() not in self._pairs:
+            pairs = [(i, (c,)) for c in sorted(data.groups) for i in data.groups[c]]
+            self._pairs[data.digest()] = {pair: n for n, pair in enumerate(pairs)}
+        return self._pairs[data.digest()]
 
     def _read_square(self, data: CoSegData, i: int) -> np.ndarray:
         return load_square(data, i, self.size)
@@ -92,9 +103,40 @@ class Inputs:
         if self.cached_stages:
             self._store(data, flip)
         self.embeddings(data, [])
-        if truth and self.experiment.model.clip_regularization and self.experiment.loss.lambda_c:
-            pairs = [(i, (c,)) for c, items in data.groups.items() for i in items]
-            self._embed_masked(data, [p for p in pairs if (data.digest(), *p) not in self._masked])
+        if truth:
+            self._store_truths(data)
+            if self.experiment.model.clip_regularization and self.experiment.loss.lambda_c:
+                self._store_masked(data)
+
+    def _store_truths(self, data: CoSegData) -> None:
+        """Keep the training truths as squares on disk (sets up to `MEMO_BYTES`): decoding costs more than a step."""
+        pairs = self._rows(data)
+        if data.digest() in self._truths or len(pairs) * self.size**2 > MEMO_BYTES:
+            return
+        path = place("cache") / f"truths-{digest([data.digest(), self.size], 16)}.npy"
+        with file_lock(path.with_suffix(".lock"), f"waiting for another process to read the masks of {data.name}"):
+            if not path.is_file():
+                with atomic_path(path) as part:
+                    out = np.lib.format.open_memmap(part, "w+", np.uint8, (len(pairs), self.size, self.size))
+                    for (i, classes), n in progress(pairs.items(), f"reading masks of {data.name}"):
+                        out[n] = mask_square(data, i, classes, self.size)
+                    out.flush()
+        self._truths[data.digest()] = np.load(path, mmap_mode="r")
+
+    def _store_masked(self, data: CoSegData) -> None:
+        """Keep the masked pictures' embeddings in one file: looking each up needs its mask, which must be decoded."""
+        pairs = self._rows(data)
+        if all((data.digest(), *p) in self._masked for p in pairs):
+            return
+        recipe = [data.digest(), self.tower.identity, self.experiment.loss.mask_background]
+        path = place("cache") / f"masked-{digest(recipe, 16)}.npy"
+        with file_lock(path.with_suffix(".lock"), f"waiting for another process to embed objects of {data.name}"):
+            if not path.is_file():
+                self._embed_masked(data, list(pairs))
+                with atomic_path(path) as part, open(part, "wb") as f:
+                    np.save(f, np.stack([self._masked[(data.digest(), *p)].numpy() for p in pairs]))
+        for p, vector in zip(pairs, torch.from_numpy(np.load(path)), strict=True):
+            self._masked[(data.digest(), *p)] = vector
 
     def _store(self, data: CoSegData, flip: bool) -> list[np.ndarray]:
         """The memory-mapped maps [n·(1 or 2), h, w, C] of a set; the flipped half follows the plain one."""
@@ -208,7 +250,7 @@ class Inputs:
         for d in draws:
             for i, flip, crop in zip(d.items, d.flips, d.crops, strict=True):
                 t = mask_square(data, i, d.classes, self.size, crop) if crop else self._truth(data, i, d.classes)
-                truths.append(torch.from_numpy(t[:, ::-1].copy() if flip else t))
+                truths.append(torch.from_numpy(np.array(t[:, ::-1] if flip else t)))
         images, maps = self.visual(data, items, flips, crops)
         sizes = [len(d.items) for d in draws]
         N = max(sizes)

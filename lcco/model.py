@@ -260,8 +260,8 @@ class LCCo(nn.Module):
     """The whole network; with the three switches off it is the Baseline (same backbone, same top-down path).
 
     backbone: gives maps at strides 4, 8, 16, 32 (`lcco.backbones.Backbone`). embedding_width: D. prompts: P; MLP3 is
-    P→P unless `shared`, so weights belong to one vocabulary in one order. placement `decoder` refines the top-down path at `strides`
-    (F¹ coarse to F³ fine); `encoder` refines the outputs of backbone stages 2, 3, 4, each feeding the next stage.
+    P→P unless `shared`, so weights belong to one vocabulary in one order. placement `decoder` refines the top-down
+    path at `strides` (F¹ coarse to F³ fine); `encoder` refines backbone stages 2, 3, 4, each feeding the next stage.
     Source: Duan et al., LCCo, Fig. 2; the top-down path follows FPN, which the paper names by its property only.
     """
 

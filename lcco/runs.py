@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import multiprocessing
 import os
 import platform
 import resource
@@ -10,18 +13,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lcco.common import LCCoError, digest, duration, file_digest, file_lock, place, project_root, write_json
+from lcco.common import LCCoError, digest, duration, file_digest, file_lock, place, progress, project_root, write_json
 from lcco.config import Experiment, build
 from lcco.data import CoSegData, load_data, overlap
 from lcco.evaluate import Evaluation, evaluate_all
 from lcco.inputs import Inputs
-from lcco.train import Predictor, build_model, load_model, train
+from lcco.train import Predictor, build_model, load_model, prepare, train
 
 _SHARED: dict[str, Inputs] = {}  # one set of frozen parts a process and setting: towers and caches load once
 
@@ -176,6 +180,30 @@ def get_run(
                 },
             )  # fmt: skip
     return _run(path, record_file, data_root, inputs)
+
+
+def train_ahead(experiments: Sequence[Experiment], *, data_root: Path | None = None) -> None:
+    """Train those of the experiments that are not in the run store yet, one a core at a time.
+
+    Trainings on cached features use one thread each, so on a CPU several side by side finish sooner; with a GPU, a
+    live backbone, or one core, nothing happens here and `get_run` trains each when it is asked for.
+    """
+    waiting = {e.hash: e for e in experiments if not (run_path(e) / "record.json").is_file()}
+    frozen = [e for e in waiting.values() if e.model.frozen_stages == 4 and e.model.placement == "decoder"]
+    workers = min(len(frozen), os.cpu_count() or 1)
+    if torch.cuda.is_available() or workers < 2:
+        return
+    for e in frozen:  # fill the caches once, with all cores
+        prepare(e, shared_inputs(e), data_root)
+    print(f"training {len(frozen)} models, {workers} at a time", file=sys.stderr, flush=True)
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for job in progress([pool.submit(_train_alone, e, data_root) for e in frozen], "models trained"):
+            job.result()
+
+
+def _train_alone(experiment: Experiment, data_root: Path | None) -> None:
+    with contextlib.redirect_stderr(io.StringIO()):  # the parent tells how far all are
+        get_run(experiment, data_root=data_root)
 
 
 def open_run(name: str | Path, data_root: Path | None = None) -> Run:

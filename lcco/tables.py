@@ -6,6 +6,7 @@ The paper's numbers are read from `lcco/paper/*.csv`, never typed. Shares of 0..
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import html
 import json
@@ -137,7 +138,7 @@ def collect(
     What cannot be run because data or weights are absent becomes rows that say so; other mistakes are raised.
     """
     from lcco.data import load_data
-    from lcco.runs import get_run
+    from lcco.runs import get_run, train_ahead
 
     out = Results()
     protocols, sizes = protocols or profile.protocols, group_sizes or (profile.group_size,)
@@ -148,6 +149,13 @@ def collect(
         except LCCoError as error:
             why[test] = absence(error)
     missing = ""  # training data or weights: the same for every run of a profile
+    wanted = [
+        profile.experiment.replace(dict(v.changes), seed=seed)
+        for v in variants for seed in (seeds if seeds is not None else profile.seeds)
+    ]  # fmt: skip
+    with contextlib.suppress(LCCoError):  # what is absent shows below, row by row
+        if len(why) < len(tests or profile.tests):
+            train_ahead(wanted)
     for variant in variants:
         for seed in seeds if seeds is not None else profile.seeds:
             experiment, run = profile.experiment.replace(dict(variant.changes), seed=seed), None

@@ -35,7 +35,8 @@ def build_model(experiment: Experiment, inputs: Inputs) -> LCCo:
             backbone=inputs.backbone, embedding_width=inputs.tower.width, prompts=len(inputs.words),
             logit_scale=inputs.tower.logit_scale, width=m.width, isfc=m.isfc, clip_interaction=m.clip_interaction,
             clip_regularization=m.clip_regularization, isfc_softmax=m.isfc_softmax, placement=m.placement,
-            strides=m.strides, modulation_residual=m.modulation_residual, mlp3=m.mlp3, mlp3_skip=m.mlp3_skip, heads=m.heads, k=m.k,
+            strides=m.strides, modulation_residual=m.modulation_residual, mlp3=m.mlp3, mlp3_skip=m.mlp3_skip,
+            heads=m.heads, k=m.k,
         ).to(memory_format=torch.channels_last)  # fmt: skip
 
 
@@ -168,14 +169,31 @@ def load_model(path: Path, *, device: str = "cpu", inputs: Inputs | None = None,
 
 
 @contextlib.contextmanager
-def _deterministic() -> Iterator[None]:
-    """Same bits on the same machine: no atomics in backward passes while a training runs."""
+def _deterministic(threads: int) -> Iterator[None]:
+    """Same bits on the same machine: no atomics in backward passes, and a fixed number of threads."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    threads_before = torch.get_num_threads()
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_num_threads(threads)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.set_num_threads(threads_before)
+
+
+def prepare(
+    experiment: Experiment, inputs: Inputs, data_root: Path | None = None
+) -> tuple[CoSegData, CoSegData | None]:
+    """The training and held-out sets of an experiment, with everything frozen that training needs of them cached."""
+    data, holdout = (
+        load_data("+".join(names), data_root) if names else None
+        for names in (experiment.data.train, experiment.data.holdout)
+    )
+    inputs.prepare(data, flip=experiment.data.flip, truth=True)
+    if holdout:
+        inputs.prepare(holdout)
+    return data, holdout
 
 
 def train(
@@ -188,31 +206,27 @@ def train(
     done, `checkpoint.pt`. stop_at: leave after that many steps, as an interruption would. Returns a summary.
     Raises: LCCoError for settings that contradict each other or a damaged checkpoint.
     """
-    with _deterministic():
-        return _train(experiment, folder, inputs, stop_at, tensorboard, data_root)
+    if experiment.data.crop < 1 and experiment.model.frozen_stages:
+        raise LCCoError("`data.crop` needs a live backbone, whose maps are not cached: set `model.frozen_stages: 0`")
+    inputs = inputs or Inputs(experiment, device="cuda" if torch.cuda.is_available() else "cpu")
+    data, holdout = prepare(experiment, inputs, data_root)
+    # What is left of a frozen network is small: one thread serves it best, and two trainings fit two cores.
+    with _deterministic(1 if inputs.cached_stages == 4 else torch.get_num_threads()):
+        return _train(experiment, folder, inputs, data, holdout, stop_at, tensorboard)
 
 
 def _train(
-    experiment: Experiment, folder: Path, inputs: Inputs | None, stop_at: int | None, tensorboard: bool,
-    data_root: Path | None,
+    experiment: Experiment, folder: Path, inputs: Inputs, data: CoSegData, holdout: CoSegData | None,
+    stop_at: int | None, tensorboard: bool,
 ) -> dict[str, Any]:  # fmt: skip
     from accelerate import Accelerator
 
     t, d = experiment.train, experiment.data
-    if d.crop < 1 and experiment.model.frozen_stages:
-        raise LCCoError("`data.crop` needs a live backbone, whose maps are not cached: set `model.frozen_stages: 0`")
     accelerator = Accelerator(
         mixed_precision=t.precision, log_with="tensorboard" if tensorboard else None, project_dir=folder
     )
     if tensorboard:
         accelerator.init_trackers("tensorboard")
-    data, holdout = (load_data("+".join(names), data_root) if names else None for names in (d.train, d.holdout))
-    inputs = inputs or Inputs(experiment, device=str(accelerator.device))
-    with accelerator.local_main_process_first():  # one process fills the caches, the others find them filled
-        inputs.prepare(data, flip=d.flip, truth=True)
-        if holdout:
-            inputs.prepare(holdout)
-
     model = build_model(experiment, inputs).to(accelerator.device)
     of_backbone = [p for p in model.backbone.parameters() if p.requires_grad]
     rest = [p for n, p in model.named_parameters() if p.requires_grad and not n.startswith("backbone.")]
