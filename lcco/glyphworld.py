@@ -205,6 +205,7 @@ class GlyphWorld(CoSegData):
         super().__init__(f"glyphworld_{fold}", "glyphworld", keys, groups)
         self.scenes, self.size, self._seed = tuple(scenes), size, _FOLDS.index(fold)
         self._drawn = functools.lru_cache(maxsize=512)(self._draw)  # 32 MB at 128 px
+        self._maps: dict[int, np.ndarray] = {}  # label maps are small (48 MB for 3,000), and asked for class by class
 
     def _draw(self, i: int) -> tuple[Image.Image, np.ndarray]:
         return draw(self.scenes[i], (self._seed, i), self.size)
@@ -214,7 +215,9 @@ class GlyphWorld(CoSegData):
 
     def labels(self, i: int) -> np.ndarray:
         """The label map of picture i, uint8 [size, size]: the class's place in `CLASSES` plus 1, 0 = background."""
-        return self._drawn(i)[1]
+        if i not in self._maps:
+            self._maps[i] = self._drawn(i)[1]
+        return self._maps[i]
 
     def mask(self, i: int, classes: Sequence[str]) -> np.ndarray:
         return np.isin(self.labels(i), [_LABELS[c] for c in classes if c in _LABELS]).astype(np.uint8)

@@ -20,8 +20,18 @@ from lcco.tables import MEASURED, read_table
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
-WITH_SET = {"01_main_results": ["table1_main"]}  # what each notebook must write; figures below
-FIGURES = {"01_main_results": ["fig4"]}
+WITH_SET = {  # what each notebook must write; figures below
+    "01_main_results": ["table1_main"], "02_component_ablation": ["table2_components"],
+    "03_loss_ablation": ["table3_losses"], "04_k_sweep": ["table4_k", "table4_k_test_time"],
+    "05_more_images": ["more_images"], "06_foundation_models": ["table5_foundation"],
+    "07_feature_regularization": ["fig3_norms"], "08_cost": ["cost"], "09_interpretations": ["interpretations"],
+}  # fmt: skip
+FIGURES = {
+    "01_main_results": ["fig4"], "02_component_ablation": ["fig5"], "04_k_sweep": ["table4_k"],
+    "05_more_images": ["more_images"], "07_feature_regularization": ["fig3_maps", "fig3_norms"],
+}  # fmt: skip
+TIMED = {"cost"}  # tables of seconds, which no two runs share
+pytestmark = pytest.mark.timeout(1500)  # the first test runs all ten notebooks
 
 
 def environment(base: Path) -> dict[str, str]:
@@ -34,7 +44,7 @@ def environment(base: Path) -> dict[str, str]:
 def lcco(base: Path, folder: Path, *words: str) -> subprocess.CompletedProcess:
     folder.mkdir(exist_ok=True)
     words = (sys.executable, "-m", "lcco", *words)
-    return subprocess.run(words, cwd=folder, env=environment(base), capture_output=True, text=True, timeout=280)
+    return subprocess.run(words, cwd=folder, env=environment(base), capture_output=True, text=True, timeout=1400)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +76,7 @@ def test_table1_has_measured_rows_with_their_records_and_the_papers_rows(made: t
     assert set(done["row"]) == {"LCCo", "Baseline"} and set(done["protocol"]) == {"ufo", "native"}
     assert done[["P", "J", "P_class", "J_class", "J_pooled"]].notna().all(axis=None)
     assert done["J"].between(0, 100).all() and (done["images"] > 0).all()
-    assert set(done["run"]) == set(table.runs) == {p.parent.name for p in (base / "runs").glob("*/record.json")}
+    assert set(done["run"]) == set(table.runs) <= {p.parent.name for p in (base / "runs").glob("*/record.json")}
     assert (table.rows["status"] != MEASURED).sum() == 54  # the paper's (method, set) pairs
 
 
@@ -121,7 +131,8 @@ def test_papermill_from_another_folder_finds_all_trainings_done(made: tuple[Path
     assert done.returncode == 0, done.stderr[-3000:]
     assert {p: p.stat().st_mtime_ns for p in (base / "runs").glob("*/record.json")} == before
     for name in WITH_SET.get(notebook.stem, []):
-        assert (folder / "results" / f"{name}.csv").read_bytes() == (out / f"{name}.csv").read_bytes()
+        again, first = folder / "results" / f"{name}.csv", out / f"{name}.csv"
+        assert name in TIMED or again.read_bytes() == first.read_bytes()
     shown = json.loads((folder / "out.ipynb").read_text())
     outputs = [o for c in shown["cells"] if c["cell_type"] == "code" for o in c["outputs"]]
     assert any("text/html" in o.get("data", {}) for o in outputs), "no table is shown"
