@@ -127,13 +127,15 @@ def _train(args: argparse.Namespace) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     from tabulate import tabulate
 
+    from lcco.evaluate import CHOICE
     from lcco.metrics import get_protocol
     from lcco.runs import open_run
     from lcco.tables import per_cent
 
     protocols = _words(args.protocol)
     for name in protocols:
-        get_protocol(name)
+        if name not in CHOICE:
+            get_protocol(name)
     if args.group_size < 1:
         raise LCCoError(f"--group-size {args.group_size}: must be 1 or more")
     found = open_run(args.name).evaluate(args.data, protocols, args.group_size, allow_overlap=args.allow_overlap)

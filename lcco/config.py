@@ -247,7 +247,7 @@ class Profile:
     baseline: dict[str, Any] = field(default_factory=dict)  # what the Baseline changes beside the three switches
     ablation_seeds: tuple[int, ...] = (0,)  # seeds of the ablation rows
     ablation_test: tuple[str, ...] = ()  # the set (or sets) in the place of iCoseg
-    choice_test: str = ""  # pictures that hold two classes: ablation rows are scored on the group-choice test too
+    choice_test: tuple[str, ...] = ()  # sets with pictures of two classes, for the group-choice test of the ablations
 
 
 def load_profile(profile: str | Path) -> Profile:

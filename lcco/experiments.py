@@ -120,20 +120,17 @@ def choice(run: Run, test: str, group_size: int = 5, *, k: int | None = None) ->
 
     Raises: LCCoError if the model was trained on pictures of the test set.
     """
-    from lcco.data import load_data
-    from lcco.evaluate import Evaluation, evaluate_choice
+    return run.evaluate(test, "choice", group_size, k=k)["choice"]
 
-    data = load_data(test)
-    if seen := run.overlap(data):
-        what = f"{seen} of the {len(data)} pictures of {data.name}"
-        raise LCCoError(f"{run.path.name} was trained on {what}: choose another `choice_test`")
-    key = digest([data.digest(), "choice", group_size, k, file_digest(run.weights)], 10)
-    file = run.path / "evaluations" / f"{data.name}-choice-{group_size}-{key}.json"
-    if not file.is_file():
-        predictor = run.predictor(k=k)
-        predictor.inputs.prepare(data)
-        evaluate_choice(predictor, data, group_size, what=f"{run.experiment.name} on")["choice"].to_json(file)
-    return Evaluation.from_json(file)
+
+def choice_results(profile: Profile, table: str = "choice") -> Results:
+    """The group-choice test of LCCo and the Baseline, every seed, on each of the profile's sets that offer a choice."""
+    found = collect(profile, table, main_variants(profile))
+    found.rows = [
+        _choice_row(profile, like, found.runs.get((like["row"], like["seed"])), test=test)
+        for test in profile.choice_test for like in _once(found.rows)
+    ]  # fmt: skip
+    return found
 
 
 def ablate(profile: Profile, table: str, variants: Sequence[Variant]) -> Results:
@@ -142,8 +139,10 @@ def ablate(profile: Profile, table: str, variants: Sequence[Variant]) -> Results
     The standard sets hardly need the set (most pictures show one object), so they hardly tell the modules apart.
     """
     found = collect(profile, table, variants, tests=profile.ablation_test, seeds=profile.ablation_seeds)
-    if profile.choice_test:
-        found.rows += [_choice_row(profile, r, found.runs.get((r["row"], r["seed"]))) for r in _once(found.rows)]
+    found.rows += [
+        _choice_row(profile, r, found.runs.get((r["row"], r["seed"])), test=test)
+        for test in profile.choice_test for r in _once(found.rows)
+    ]  # fmt: skip
     return found
 
 
@@ -152,19 +151,21 @@ def _once(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return list({(row["row"], row["seed"]): row for row in rows}.values())
 
 
-def _choice_row(profile: Profile, like: Mapping[str, Any], run: Run | None, k: int | None = None) -> dict[str, Any]:
+def _choice_row(
+    profile: Profile, like: Mapping[str, Any], run: Run | None, k: int | None = None, *, test: str
+) -> dict[str, Any]:
     """The row of the choice test beside a row of the standard tests."""
     from lcco.data import load_data
 
     row = dict(like) | dict.fromkeys((*per_cent({}), "paper_P", "paper_J"))
-    row |= {"test_set": profile.choice_test, "protocol": "choice", "group_size": profile.group_size, "run": None}
+    row |= {"test_set": test, "protocol": "choice", "group_size": profile.group_size, "run": None}
     try:
-        load_data(profile.choice_test)
+        load_data(test)
     except LCCoError as error:
         return row | {"status": absence(error)}
     if not run:
         return row
-    summary = choice(run, profile.choice_test, profile.group_size, k=k).summary
+    summary = choice(run, test, profile.group_size, k=k).summary
     more = {key: round(100 * summary[key], 4) for key in CHOICE_CELLS}
     return row | per_cent(summary) | more | {"status": MEASURED, "run": run.path.name}
 
@@ -183,9 +184,9 @@ def k_at_test_time(profile: Profile, k_values: Sequence[int], table: str = "tabl
                 done = run.evaluate(like["test_set"], profile.protocols, like["group_size"], k=given)
                 row |= per_cent(done[like["protocol"]].summary)
             found.rows.append(row)
-        if profile.choice_test:
-            for like in _once(r for r in found.rows if r["K"] == k):
-                found.rows.append(_choice_row(profile, like, found.runs.get(("LCCo", like["seed"])), given))
+        for test in profile.choice_test:
+            for like in _once(r for r in found.rows if r["K"] == k and r["protocol"] != "choice"):
+                found.rows.append(_choice_row(profile, like, found.runs.get(("LCCo", like["seed"])), given, test=test))
     return found
 
 

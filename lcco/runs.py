@@ -23,7 +23,7 @@ import torch
 from lcco.common import LCCoError, digest, duration, file_digest, file_lock, place, progress, project_root, write_json
 from lcco.config import Experiment, build
 from lcco.data import CoSegData, load_data, overlap
-from lcco.evaluate import Evaluation, evaluate_all
+from lcco.evaluate import CHOICE, Evaluation, evaluate_all, evaluate_choice
 from lcco.inputs import Inputs
 from lcco.train import Predictor, build_model, load_model, prepare, train
 
@@ -122,7 +122,7 @@ class Run:
         self, test: str | CoSegData, protocols: str | Sequence[str] = "ufo", group_size: int = 5, *, seed: int = 0,
         gt: bool = False, k: int | None = None, flip: bool = False, allow_overlap: bool = False,
     ) -> dict[str, Evaluation]:  # fmt: skip
-        """Scores on a test set under protocols, computed once and kept in the run's `evaluations/`.
+        """Scores on a test set under protocols (`choice`: the group-choice test), kept in the run's `evaluations/`.
 
         Raises: LCCoError if the model was trained on pictures of the test set, unless `allow_overlap`.
         """
@@ -144,8 +144,12 @@ class Run:
             predictor = self.predictor(gt=gt, k=k, flip=flip)
             predictor.inputs.prepare(data)
             what = f"{self.experiment.name} on"
-            for p, done in evaluate_all(predictor, data, missing, group_size, seed, what).items():
-                done.to_json(files[p])
+            plain = [p for p in missing if p not in CHOICE]
+            found = evaluate_all(predictor, data, plain, group_size, seed, what) if plain else {}
+            if len(plain) < len(missing):
+                found |= evaluate_choice(predictor, data, group_size, seed, what)
+            for p in missing:
+                found[p].to_json(files[p])
         return {p: Evaluation.from_json(files[p]) for p in protocols}
 
 

@@ -57,7 +57,7 @@ def tiny(tmp_path: Path) -> Profile:
     }  # fmt: skip
     return dataclasses.replace(
         base, name="tiny", experiment=base.experiment.replace(changes), tests=(str(test),), ablation_test=(str(test),),
-        choice_test=str(choice), protocols=("ufo",), seeds=(0,), ablation_seeds=(0,), group_size=3,
+        choice_test=(str(choice),), protocols=("ufo",), seeds=(0,), ablation_seeds=(0,), group_size=3,
     )  # fmt: skip
 
 
@@ -209,7 +209,7 @@ def test_ablations_share_trainings_and_keep_their_scores(tiny: Profile, tmp_path
     for row in found.rows:
         assert row["status"] == MEASURED and row["run"].startswith(f"{tiny.experiment.name}-")
     chosen = found.rows[-1]
-    assert chosen["test_set"] == tiny.choice_test and chosen["J"] - chosen["J_same"] == pytest.approx(chosen["gain"])
+    assert chosen["test_set"] == tiny.choice_test[0] and chosen["J"] - chosen["J_same"] == pytest.approx(chosen["gain"])
     assert chosen["paper_J"] is None and 0 <= chosen["leak"] <= 100
 
     swept = experiments.k_at_test_time(tiny, [3, 1])
@@ -245,7 +245,7 @@ def test_ablations_share_trainings_and_keep_their_scores(tiny: Profile, tmp_path
 
 def test_absent_data_become_rows_that_say_so(tiny: Profile, tmp_path: Path, monkeypatch):
     monkeypatch.setenv("LCCO_DATA", str(tmp_path / "nowhere"))
-    away = dataclasses.replace(tiny, ablation_test=("msrc7",), tests=("msrc7",), choice_test="voc_val")
+    away = dataclasses.replace(tiny, ablation_test=("msrc7",), tests=("msrc7",), choice_test=("voc_val",))
     for found in (
         experiments.ablate(away, "t", main_variants(away)), experiments.k_at_test_time(away, [1]),
         experiments.more_images(away, [1, 8]), experiments.feature_rows(away), experiments.readings(away),
@@ -262,7 +262,7 @@ def test_absent_data_become_rows_that_say_so(tiny: Profile, tmp_path: Path, monk
 
 
 def test_a_choice_test_on_training_pictures_is_refused(tiny: Profile):
-    seen = dataclasses.replace(tiny, choice_test=tiny.experiment.data.train[0])
+    seen = dataclasses.replace(tiny, choice_test=(tiny.experiment.data.train[0],))
     with pytest.raises(LCCoError, match="was trained on 8 of the 8 pictures"):
         experiments.ablate(seen, "t", [Variant("LCCo")])
 

@@ -21,7 +21,7 @@ from lcco.tables import MEASURED, read_table
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 WITH_SET = {  # what each notebook must write; figures below
-    "01_main_results": ["table1_main"], "02_component_ablation": ["table2_components"],
+    "01_main_results": ["table1_main", "choice"], "02_component_ablation": ["table2_components"],
     "03_loss_ablation": ["table3_losses"], "04_k_sweep": ["table4_k", "table4_k_test_time"],
     "05_more_images": ["more_images"], "06_foundation_models": ["table5_foundation"],
     "07_feature_regularization": ["fig3_norms"], "08_cost": ["cost"], "09_interpretations": ["interpretations"],
