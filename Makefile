@@ -33,7 +33,7 @@ reproduce: venv
 
 test: venv
 	@echo "== tests$(if $(LCCO_DATA),, (LCCO_DATA is not set: those on real photographs skip))"
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: venv
 	@echo "== ruff over code and notebooks"

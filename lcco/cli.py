@@ -75,6 +75,11 @@ def _parser() -> argparse.ArgumentParser:
                      help="a notebook parameter, e.g. -p seeds=[0]")  # fmt: skip
     sub.add_argument("--data-root", **data_root)
 
+    sub = command("release", _release, "Write a profile's LCCo as a small file with a card of what it scored.")
+    sub.add_argument("out", metavar="FILE.safetensors")
+    sub.add_argument("--profile", default="shipped", metavar="P")
+    sub.add_argument("--data-root", **data_root)
+
     sub = command("bench", _bench, "Time LCCo and its Baseline on this machine: size, a training step, the whole run.")
     sub.add_argument("--profile", default="embedded", metavar="P")
     sub.add_argument("--data-root", **data_root)
@@ -160,6 +165,18 @@ def _reproduce(args: argparse.Namespace) -> None:
         if name in parameters:
             raise LCCoError(f"-p {name}: give it as --{name.replace('_', '-')}")
     reproduce(args.profile, _words(args.only), results=args.results, parameters=parameters)
+
+
+def _release(args: argparse.Namespace) -> None:
+    from lcco.config import load_profile
+    from lcco.runs import get_run, release
+    from lcco.tables import main_variants
+
+    profile = load_profile(args.profile)
+    ours, theirs = (
+        get_run(profile.experiment.replace(dict(v.changes), seed=profile.seeds[0])) for v in main_variants(profile)
+    )
+    print(release(ours, Path(args.out), profile.tests, theirs))
 
 
 def _bench(args: argparse.Namespace) -> None:

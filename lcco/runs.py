@@ -20,12 +20,34 @@ from typing import Any
 
 import torch
 
-from lcco.common import LCCoError, digest, duration, file_digest, file_lock, place, progress, project_root, write_json
+from lcco.backbones import read_tensors
+from lcco.common import (
+    LCCoError,
+    digest,
+    duration,
+    file_digest,
+    file_lock,
+    place,
+    progress,
+    project_root,
+    write_json,
+    write_text,
+)
 from lcco.config import Experiment, build
 from lcco.data import CoSegData, load_data, overlap
-from lcco.evaluate import CHOICE, Evaluation, evaluate_all, evaluate_choice
-from lcco.inputs import Inputs
-from lcco.train import Predictor, build_model, load_model, prepare, train
+from lcco.evaluate import CHOICE, Evaluation, evaluate_all, evaluate_choice, refuse_overlap
+from lcco.inputs import Inputs, save_tensors
+from lcco.losses import total_loss
+from lcco.train import (
+    Predictor,
+    build_model,
+    deterministic,
+    load_model,
+    prepare,
+    read_about,
+    train,
+    training_threads,
+)
 
 _SHARED: dict[str, Inputs] = {}  # one set of frozen parts a process and setting: towers and caches load once
 
@@ -241,10 +263,13 @@ def estimate(experiment: Experiment, data_root: Path | None = None, steps: int =
 
     Nothing is embedded or written. Seconds: `embedding` (frozen parts, once a machine) and `training`.
     """
-    from lcco.losses import total_loss
-
     data = load_data("+".join(experiment.data.train), data_root)
     inputs = shared_inputs(experiment)
+    with deterministic(training_threads(inputs)):
+        return _timed(experiment, data, inputs, steps)
+
+
+def _timed(experiment: Experiment, data: CoSegData, inputs: Inputs, steps: int) -> dict[str, Any]:
     model = build_model(experiment, inputs)
     d, m = experiment.data, experiment.model
     B, N, S = d.groups, d.group_size, d.size
@@ -277,3 +302,36 @@ def estimate(experiment: Experiment, data_root: Path | None = None, steps: int =
         "estimate": duration(per_image * len(data) * (1 + d.flip) + per_step * experiment.train.steps),
         "backbone": f"{m.backbone} ({m.frozen_stages} of 4 stages frozen)",
     }  # fmt: skip
+
+
+def release(run: Run, out: Path, tests: Sequence[str], baseline: Run | None = None) -> Path:
+    """Write a run's model in half precision to `out`, and beside it a card (.md) of what it is and what it scored.
+
+    tests: the sets whose scores the card holds, all computed here from the file that is released. baseline: the run
+    whose scores stand beside them. Returns the card's path.
+    Raises: LCCoError for a test set with pictures of the training set.
+    """
+    about = read_about(run.weights)
+    state = {k: v.half() if v.is_floating_point() else v for k, v in read_tensors(run.weights).items()}
+    save_tensors(out, state, about)
+    inputs, e, r = shared_inputs(run.experiment), run.experiment, run.record
+    predictor, rows = load_model(out, inputs=inputs), []
+    for test in tests:
+        data = load_data(test, run.data_root)
+        refuse_overlap(load_data("+".join(e.data.train), run.data_root), data)
+        inputs.prepare(data)
+        ours = evaluate_all(predictor, data, ["ufo", "native"], what="released model on")
+        theirs = baseline.evaluate(data, ["ufo", "native"]) if baseline else {}
+        for protocol, found in ours.items():
+            cells = [f"{100 * found.summary[m]:.1f}" for m in "PJ"]
+            cells += [f"{100 * theirs[protocol].summary[m]:.1f}" if theirs else "–" for m in "PJ"]
+            rows.append(f"| {data.name} ({found.summary['images']}) | {protocol} | {' | '.join(cells)} |")
+    import jinja2
+
+    template = Path(__file__).with_name("card.md.jinja").read_text(encoding="utf-8")
+    card = jinja2.Environment(undefined=jinja2.StrictUndefined).from_string(template).render(
+        file=out.name, sha256=file_digest(out, 64), run=run.path.name, e=e, about=about, record=r, rows=rows,
+        seconds=duration(r["seconds"]),
+    )  # fmt: skip
+    write_text(out.with_suffix(".md"), card + "\n")
+    return out.with_suffix(".md")

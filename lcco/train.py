@@ -169,7 +169,7 @@ def load_model(path: Path, *, device: str = "cpu", inputs: Inputs | None = None,
 
 
 @contextlib.contextmanager
-def _deterministic(threads: int) -> Iterator[None]:
+def deterministic(threads: int) -> Iterator[None]:
     """Same bits on the same machine: no atomics in backward passes, and a fixed number of threads."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     threads_before = torch.get_num_threads()
@@ -180,6 +180,11 @@ def _deterministic(threads: int) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         torch.set_num_threads(threads_before)
+
+
+def training_threads(inputs: Inputs) -> int:
+    """What is left of a frozen network is small: one thread serves it best, and two trainings fit two cores."""
+    return 1 if inputs.cached_stages == 4 else torch.get_num_threads()
 
 
 def prepare(
@@ -210,8 +215,7 @@ def train(
         raise LCCoError("`data.crop` needs a live backbone, whose maps are not cached: set `model.frozen_stages: 0`")
     inputs = inputs or Inputs(experiment, device="cuda" if torch.cuda.is_available() else "cpu")
     data, holdout = prepare(experiment, inputs, data_root)
-    # What is left of a frozen network is small: one thread serves it best, and two trainings fit two cores.
-    with _deterministic(1 if inputs.cached_stages == 4 else torch.get_num_threads()):
+    with deterministic(training_threads(inputs)):
         return _train(experiment, folder, inputs, data, holdout, stop_at, tensorboard)
 
 

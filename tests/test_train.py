@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 
 from lcco import runs
-from lcco.common import LCCoError
+from lcco.common import LCCoError, file_digest
 from lcco.config import Experiment
 from lcco.data import load_data
+from lcco.evaluate import evaluate_all
 from lcco.inputs import Inputs
 from lcco.semantics import OpenClipTower
 from lcco.train import build_model, learning_rate, load_model, read_about, train, trained_state
@@ -250,3 +251,21 @@ def test_tower_is_untouched_by_training(base, tmp_path):
     before = inputs.tower.encode_prompts(["a photo of a cow."]).clone()
     train(base, tmp_path, inputs=inputs)
     assert torch.equal(before, inputs.tower.encode_prompts(["a photo of a cow."]))
+
+
+def test_a_released_model_is_half_as_large_and_its_card_says_what_it_scored(base, tmp_path):
+    run = runs.get_run(base)
+    other = drawn.folders(tmp_path, ["cow", "dog"], 3, name="other", first=50)
+    out = tmp_path / "small.safetensors"
+    card = runs.release(run, out, [str(other)], run).read_text()
+    assert out.stat().st_size < 0.6 * run.weights.stat().st_size + 4000
+    data = load_data(str(other))
+    items = list(data.groups["cow"])[:3]
+    ours, theirs = load_model(out)(data, items, "cow"), run.predictor()(data, items, "cow")
+    assert np.abs(ours - theirs).max() < 0.02
+    scored = evaluate_all(load_model(out), data, ["ufo", "native"])
+    for protocol, found in scored.items():
+        assert f"| other (6) | {protocol} | {100 * found.summary['P']:.1f} | {100 * found.summary['J']:.1f} |" in card
+    assert file_digest(out, 64) in card and run.path.name in card and f"Step {read_about(out)['step']} was kept" in card
+    with pytest.raises(LCCoError, match="12"):  # never scored on what it was trained on
+        runs.release(run, out, [base.data.train[0]])
