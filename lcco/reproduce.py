@@ -129,6 +129,7 @@ def reproduce(
     report = write_report(chosen, folder)
     if not results:
         write_index(folder.parent)
+        update_readme(project_root())
     print(f"== {report}", file=sys.stderr, flush=True)
     return folder
 
@@ -291,3 +292,68 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             out[prefix + key] = list(value) if isinstance(value, tuple) else value
     return out
+
+
+SENTENCE = {
+    "lite": "**Real photographs** (`lite`). Trained on {train}, a part of PASCAL VOC 2012, with a frozen "
+    "EfficientNet-Lite2 and ConSE in the place of the paper's ResNet-50 and CLIP: the paper's row is context, no rival.",
+    "embedded": "**GlyphWorld** (`embedded`, what `make reproduce` makes). Test classes are unseen in training.",
+}
+
+
+def readme_table(results: Path, profile: str) -> str:
+    """README.md's table of a profile: LCCo, Baseline and the paper's LCCo, P / J under `ufo`, and the choice test's J.
+
+    Made from the committed rows alone; "" when there are none yet.
+    """
+    import pandas as pd
+
+    from lcco.tables import LABELS, MEASURED
+
+    file = results / profile / "table1_main.csv"
+    if not file.is_file():
+        return ""
+    rows = pd.read_csv(file)
+    ours = rows[rows["row"].isin(["LCCo", "Baseline"]) & (rows["protocol"] == "ufo")]
+    tests = list(dict.fromkeys(ours["test_set"]))
+    head = ["P / J, %", *(LABELS.get(t, t) for t in tests)]
+    lines = {name: [name] for name in ("LCCo", "Baseline")}
+    paper = ["the paper's LCCo"]
+    for test in tests:
+        for name, line in lines.items():
+            part = ours[(ours["row"] == name) & (ours["test_set"] == test)]
+            done = part[part["status"] == MEASURED]
+            spread = f" ± {done['J'].std(ddof=1):.1f}" if len(done) > 1 else ""
+            value = f"{done['P'].mean():.1f} / {done['J'].mean():.1f}{spread}" if len(done) else part["status"].iloc[0]
+            line.append(value)
+        quoted = ours[(ours["test_set"] == test) & ours["paper_J"].notna()]
+        paper.append(f"{quoted['paper_P'].iloc[0]} / {quoted['paper_J'].iloc[0]}" if len(quoted) else "–")
+    choice = results / profile / "choice.csv"
+    if choice.is_file():
+        frame = pd.read_csv(choice)
+        frame = frame[frame["status"] == MEASURED]
+        for test in dict.fromkeys(frame["test_set"]):
+            head.append(f"group choice, J ({LABELS.get(test, test)})")
+            for name, line in lines.items():
+                line.append(f"{frame[(frame['row'] == name) & (frame['test_set'] == test)]['J'].mean():.1f}")
+            paper.append("–")
+    body = [*lines.values(), *([paper] if any(c != "–" for c in paper[1:]) else [])]
+    seeds = ours["seed"].nunique()
+    text = SENTENCE[profile].format(train=f"`{ours['train_set'].iloc[0]}`")
+    table = [head, ["---"] * len(head), *body]
+    more = f"Protocol `ufo`, sets of {int(ours['group_size'].iloc[0])}, {seeds} seed{'s' if seeds > 1 else ''}. "
+    more += f"All rows: [results/{profile}](results/{profile}/README.md)."
+    return "\n\n".join([text, "\n".join("| " + " | ".join(line) + " |" for line in table), more])
+
+
+def update_readme(root: Path) -> str:
+    """README.md's text with its tables (between `<!-- table NAME -->` and `<!-- end -->`) made anew; also written."""
+    path = root / "README.md"
+    text = path.read_text(encoding="utf-8")
+    for profile in SENTENCE:
+        block = readme_table(root / "results", profile)
+        new = f"<!-- table {profile} -->\n{block}\n<!-- end -->"
+        text = re.sub(rf"<!-- table {profile} -->.*?<!-- end -->", lambda _, new=new: new, text, flags=re.DOTALL)
+    if text != path.read_text(encoding="utf-8"):
+        write_text(path, text)
+    return text

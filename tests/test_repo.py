@@ -153,3 +153,12 @@ def test_ci_runs_what_the_makefile_offers():
     for target in ("venv", "reproduce", "test", "lint"):
         assert re.search(rf"^{target}:", makefile, re.M)
         assert re.search(rf"make {target} +\S", makefile), f"`make help` says nothing of {target}"
+
+
+def test_readmes_tables_are_the_committed_rows():
+    from lcco.reproduce import SENTENCE, readme_table
+
+    text = (ROOT / "README.md").read_text()
+    for profile in SENTENCE:
+        block = text.split(f"<!-- table {profile} -->\n")[1].split("<!-- end -->")[0].strip()
+        assert block == readme_table(ROOT / "results", profile)
