@@ -296,7 +296,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 SENTENCE = {
     "lite": "**Real photographs** (`lite`). Trained on {train}, a part of PASCAL VOC 2012, with a frozen "
-    "EfficientNet-Lite2 and ConSE in the place of the paper's ResNet-50 and CLIP: the paper's row is context, no rival.",
+    "EfficientNet-Lite2 and ConSE in the place of the paper's ResNet-50 and CLIP: its row is context, no rival.",
     "embedded": "**GlyphWorld** (`embedded`, what `make reproduce` makes). Test classes are unseen in training.",
 }
 
