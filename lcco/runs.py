@@ -134,9 +134,9 @@ class Run:
 
     def overlap(self, test: CoSegData) -> int:
         """How many pictures of `test`, by content or look, the model was trained on."""
-        file = self.path / "evaluations" / f"overlap-{test.digest()}.json"
-        if not file.is_file():
-            training = load_data("+".join(self.experiment.data.train), self.data_root)
+        training = load_data("+".join(self.experiment.data.train), self.data_root)
+        file = place("cache") / f"overlap-{digest([training.digest(), test.digest()], 16)}.json"
+        if not file.is_file():  # once a pair of sets: every picture of both must be looked at
             write_json(file, {"test": test.name, "pictures": len({b for _, b in overlap(training, test)})})
         return json.loads(file.read_text())["pictures"]
 
