@@ -77,13 +77,14 @@ class Predictor:
             target = torch.tensor([self.inputs.nearest_word(cls)], device=device)
         mode = self.model.training
         self.model.eval().to(device)
-        out = self.model(
-            None if images is None else images[None].to(device),
-            self.inputs.embeddings(data, items)[None].to(device),
-            self.inputs.prompts.to(device),
-            maps=None if maps is None else [m[None].to(device).float() for m in maps],
-            target=target, k=self.k, return_maps=return_maps,
-        )  # fmt: skip
+        with deterministic(training_threads(self.inputs)):
+            out = self.model(
+                None if images is None else images[None].to(device),
+                self.inputs.embeddings(data, items)[None].to(device),
+                self.inputs.prompts.to(device),
+                maps=None if maps is None else [m[None].to(device).float() for m in maps],
+                target=target, k=self.k, return_maps=return_maps,
+            )  # fmt: skip
         self.model.train(mode)
         return out
 
