@@ -10,6 +10,7 @@ import dataclasses
 import json
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ from lcco.tables import (
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lcco.data import CoSegData
     from lcco.evaluate import Evaluation
     from lcco.runs import Run
 
@@ -285,6 +287,173 @@ def against(rows: Sequence[Mapping[str, Any]], reference: str, metric: str = "J"
     return out
 
 
+# ------------------------------------------------------------------------- what fails: classes, words, images without
+def class_results(profile: Profile, table: str = "per_class") -> Results:
+    """J of Baseline and LCCo class by class, each seed, under the first protocol, from the images' stored scores.
+
+    A row: one class of one test set; `training` says whether training had it, under any of its names: `seen` or `new`.
+    The last rows of a test set are the means over its classes of either kind.
+    """
+    from lcco.data import load_data
+    from lcco.semantics import target_word
+
+    protocol = profile.protocols[0]
+    found = collect(profile, table, main_variants(profile), protocols=[protocol])
+    plain, found.rows = [r for r in found.rows if r["row"] == "LCCo"], []
+    try:
+        trained = list(load_data("+".join(profile.experiment.data.train)).groups) if found.runs else []
+    except LCCoError:  # the model was trained before, and its data are gone
+        trained = []
+    for like in plain:
+        row = _blank(like) | dict.fromkeys(("training", "scored", "J_Baseline", "J_LCCo", "change_J"))
+        if not like["run"]:
+            found.rows.append(row | {"row": "all classes"})
+            continue
+        J: dict[str, dict[str, list[float]]] = {}
+        for model in ("Baseline", "LCCo"):
+            if run := found.runs.get((model, like["seed"])):
+                for r in run.evaluate(like["test_set"], protocol, profile.group_size)[protocol].rows:
+                    J.setdefault(r["class"], {}).setdefault(model, []).append(r["J"])
+        of_kind: dict[str, list[dict[str, float | None]]] = {}
+        for cls, own in J.items():
+            seen = ("new" if target_word(cls, trained) is None else "seen") if trained else "unknown"
+            means = {m: _share([j for j in own.get(m, []) if j is not None]) for m in ("Baseline", "LCCo")}
+            of_kind.setdefault(seen, []).append(means)
+            n = len(own["LCCo"])
+            cells = {"row": cls, "training": seen, "images": n, "scored": f"{n} images"}
+            found.rows.append(row | cells | _pair(means))
+        for seen, every in sorted(of_kind.items(), reverse=True):
+            means = {m: _share([e[m] for e in every if e[m] is not None]) for m in ("Baseline", "LCCo")}
+            cells = {"row": "mean", "training": seen, "scored": f"{len(every)} classes"}
+            found.rows.append(row | cells | _pair(means))
+    return found
+
+
+def _blank(like: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(like) | dict.fromkeys((*per_cent({}), "paper_P", "paper_J"))
+
+
+def _share(values: Sequence[float]) -> float | None:
+    return statistics.fmean(values) if values else None
+
+
+def _pair(J: Mapping[str, float | None]) -> dict[str, float | None]:
+    cells = {f"J_{m}": None if j is None else round(100 * j, 4) for m, j in J.items()}
+    both = None not in cells.values()
+    return cells | {"change_J": round(cells["J_LCCo"] - cells["J_Baseline"], 4) if both else None}
+
+
+def word_accuracy(run: Run, test: str, group_size: int = 5, protocol: str = "ufo") -> dict[str, Any]:
+    """In how many of a test set's sets the words are right, class by class; computed once and kept with the run.
+
+    Returns: `classes`: class → `sets`, and of those where the true word is the first distilled prompt (`top_1`), one
+    of the K (`top_k`), i* (`i_star`, None without CLIP regularization); `without`: the classes that no word names.
+    """
+    from lcco.data import load_data
+    from lcco.metrics import get_protocol
+    from lcco.semantics import target_word
+
+    data = load_data(test)
+
+    def measure() -> dict[str, Any]:
+        predictor, out = run.predictor(), {"data": data.name, "classes": {}, "without": []}
+        predictor.inputs.prepare(data)
+        true = {c: target_word(c, predictor.inputs.words) for c in sorted(data.groups) if data.groups[c]}
+        out["without"] = [c for c, word in true.items() if word is None]
+        plan = [
+            (c, members) for c, word in true.items() if word is not None for members, _ in get_protocol(protocol)
+            .groups(sorted(data.groups[c], key=data.keys.__getitem__), group_size, 0, c)
+        ]  # fmt: skip
+        for c, members in progress(plan, f"words of {data.name}"):
+            got, own = predictor.output(data, members), out["classes"].setdefault(c, Counter(top_1=0, top_k=0))
+            distilled = got.distilled[0].tolist()
+            own["sets"] += 1
+            own["top_1"] += distilled[0] == true[c]
+            own["top_k"] += true[c] in distilled
+            if got.best is not None:
+                own["i_star"] += int(got.best[0]) == true[c]
+        return out
+
+    return _kept(run, data, "words", [data.digest(), "words", protocol, group_size], measure)
+
+
+def word_results(profile: Profile, table: str = "words") -> Results:
+    """Accuracy of the distilled words and of i* of LCCo, first seed: share of the sets of each class of each test set.
+
+    The last row of a test set is of all its sets, and says how many classes no word of the vocabulary names.
+    """
+    protocol = profile.protocols[0]
+    found = collect(profile, table, [Variant("LCCo")], seeds=profile.seeds[:1], protocols=[protocol])
+    plain, found.rows = found.rows, []
+    for like in plain:
+        row = _blank(like) | dict.fromkeys(("scored", "top_1", "top_k", "i_star"))
+        if not like["run"]:
+            found.rows.append(row | {"row": "all classes"})
+            continue
+        got = word_accuracy(found.runs["LCCo", like["seed"]], like["test_set"], profile.group_size, protocol)
+        every = {c: Counter(own) for c, own in got["classes"].items()}
+        every["all classes"] = sum(every.values(), Counter())
+        for name, own in every.items():
+            said = f"{own['sets']} sets"
+            if name == "all classes" and got["without"]:
+                said += f"; {len(got['without'])} of {len(got['without']) + len(got['classes'])} classes have no word"
+            there = [k for k in ("top_1", "top_k", "i_star") if own["sets"] and (k != "i_star" or _has_best(profile))]
+            shares = {k: round(100 * own[k] / own["sets"], 4) for k in there}
+            found.rows.append(row | {"row": name, "scored": said} | shares)
+    return found
+
+
+def _has_best(profile: Profile) -> bool:
+    return profile.experiment.model.clip_regularization
+
+
+def mixed_sets(run: Run, test: str, group_size: int = 5) -> dict[int, dict[str, Any]]:
+    """Summaries of `evaluate_absent` for 0 to 3 images without the object in a set; computed once and kept."""
+    from lcco.data import load_data
+    from lcco.evaluate import evaluate_absent
+
+    data = load_data(test)
+
+    def measure() -> dict[str, Any]:
+        predictor = run.predictor()
+        predictor.inputs.prepare(data)
+        found = evaluate_absent(predictor, data, _lacking(group_size), group_size)
+        return {str(k): ev.summary for k, ev in found.items()}
+
+    kept = _kept(run, data, "mixed", [data.digest(), "mixed sets", group_size], measure)
+    return {int(k): summary for k, summary in kept.items()}
+
+
+def _lacking(group_size: int) -> range:
+    return range(max(0, min(3, group_size - 2)) + 1)
+
+
+def absent_results(profile: Profile, table: str = "mixed_sets") -> Results:
+    """LCCo and Baseline, first seed, on sets of which `absent` images lack the object, on the sets of the ablations.
+
+    Cells: `false_alarms` (share of those images with more than 1% predicted), `empty_area` (their mean predicted
+    share), J_nonempty (of the images that show the object); protocol `native`.
+    """
+    found = collect(
+        profile, table, main_variants(profile), tests=profile.ablation_test, seeds=profile.seeds[:1],
+        protocols=profile.protocols[:1],
+    )  # fmt: skip
+    plain, found.rows = found.rows, []
+    for like in plain:
+        row, curve = _blank(like) | {"protocol": "native", "false_alarms": None, "empty_area": None}, {}
+        if like["run"]:
+            try:
+                curve = mixed_sets(found.runs[like["row"], like["seed"]], like["test_set"], profile.group_size)
+            except LCCoError as error:  # a set that cannot be mixed, such as one of a single class
+                row |= {"status": f"not run: {error}", "run": None}
+        for k in _lacking(profile.group_size):
+            cells = per_cent(curve[k]) if k in curve else {}
+            for name in ("false_alarms", "empty_area") if k in curve else ():
+                cells[name] = None if curve[k][name] is None else round(100 * curve[k][name], 4)
+            found.rows.append(row | {"absent": k} | cells)
+    return found
+
+
 # ---------------------------------------------------------------------------------- Fig. 3: features and regularization
 def masked_norm(maps: Tensor, masks: Tensor, over: str = "positions") -> tuple[Tensor, Tensor]:
     """Fig. 3's measure of a feature map, ‖M ⊙ Softmax(F)‖₂, and the share of the softmax that lies inside M.
@@ -311,9 +480,8 @@ def feature_quality(run: Run, test: str, group_size: int = 5) -> dict[str, Any]:
     from lcco.metrics import consecutive_groups
 
     data = load_data(test)
-    key = digest([data.digest(), "feature quality", group_size, file_digest(run.weights)], 10)
-    file = run.path / "evaluations" / f"{data.name}-features-{group_size}-{key}.json"
-    if not file.is_file():
+
+    def measure() -> dict[str, Any]:
         predictor, sums, images = run.predictor(), {}, 0
         predictor.inputs.prepare(data)
         plan = [(c, *g) for c, items in data.groups.items() for g in consecutive_groups(list(items), group_size)]
@@ -331,8 +499,18 @@ def feature_quality(run: Run, test: str, group_size: int = 5) -> dict[str, Any]:
                     sums[over][name] += [float(norm.sum()), float(inside.sum())]
         means = {o: {n: dict(zip(("norm", "inside"), v / images, strict=True)) for n, v in d.items()}
                  for o, d in sums.items()}  # fmt: skip
-        write_json(file, {"data": data.name, "images": images, **means})
-    return json.loads(file.read_text(encoding="utf-8"))
+        return {"data": data.name, "images": images, **means}
+
+    return _kept(run, data, "features", [data.digest(), "feature quality", group_size], measure)
+
+
+def _kept(run: Run, data: CoSegData, name: str, recipe: list[Any], measure: Callable[[], Any]) -> Any:
+    """What is measured of a run's model on a set: once, then read from the run's `evaluations/`."""
+    file = f"{data.name}-{name}-{recipe[-1]}-{digest([*recipe, file_digest(run.weights)], 10)}.json"
+    path = run.path / "evaluations" / file.replace("/", "_")
+    if not path.is_file():
+        write_json(path, measure())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def feature_rows(profile: Profile) -> Results:

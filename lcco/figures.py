@@ -179,15 +179,17 @@ def main_figure(
 
 def masks_figure(
     profile: Profile, results: Results, folder: Path, name: str, models: Sequence[str] | Mapping[str, str], text: str,
-    protocol: str = "ufo", images: int = 5,
+    protocol: str = "ufo", images: int = 5, sets: Sequence[ChosenSet] | None = None,
 ) -> Path | None:  # fmt: skip
     """Inputs, truth and the masks of some rows of a table, first seed; None if no model could be run.
 
-    models: rows of the table in order, `LCCo` among them; a mapping gives them other names. Sets: see `chosen_sets`.
+    models: rows of the table in order, `LCCo` among them; a mapping gives them other names. sets: those to show, as
+    `text` says; None: see `chosen_sets`.
     """
     runs = first_runs(results)
     names = models if isinstance(models, Mapping) else {m: m for m in models}
-    sets = chosen_sets(profile, results, protocol, images)
+    if sets is None:
+        sets, text = chosen_sets(profile, results, protocol, images), f"{text} {SETS_BY_RULE}"
     if not sets:
         return None
     predictors = {label: runs[row].predictor() for row, label in names.items() if row in runs}
@@ -198,7 +200,7 @@ def masks_figure(
         masks = {label: list(model(one.data, one.items, one.cls)) for label, model in predictors.items()}
         panels.append(Panel(one.title, pictures, {"truth": truth, **masks}))
     drawn = all(is_drawn(one.data) for one in sets)
-    return save(qualitative(panels), folder, name, f"{text} {SETS_BY_RULE}", photos=not drawn)
+    return save(qualitative(panels), folder, name, text, photos=not drawn)
 
 
 # ------------------------------------------------------------------------------------------------- sets chosen by rule
@@ -244,6 +246,39 @@ def chosen_sets(profile: Profile, results: Results, protocol: str = "ufo", image
             title = f"{cls} (J {100 * np.mean(scores[cls]):.0f}), {test}"
             out.append(ChosenSet(title, data, cls, list(data.groups[cls][:images])))
     return out
+
+
+def extreme_sets(profile: Profile, results: Results, protocol: str = "ufo", images: int = 5) -> list[ChosenSet]:
+    """LCCo's two best sets on the last test set on which it was scored, of different classes, and its two worst."""
+    from lcco.data import load_data
+    from lcco.metrics import get_protocol
+
+    run = first_runs(results).get("LCCo")
+    own = [r for r in results.rows if run and r["run"] == run.path.name and r["protocol"] == protocol]
+    if not own:
+        return []
+    test, size = own[-1]["test_set"], own[-1]["group_size"]
+    data, by_class = load_data(test), {}
+    scored = {(r["class"], r["key"]): r["J"] for r in run.evaluate(test, protocol, size)[protocol].rows}
+    for cls, items in data.groups.items():
+        ordered = sorted(items, key=data.keys.__getitem__)
+        for members, new in get_protocol(protocol).groups(ordered, size, 0, cls):
+            J = [scored[cls, data.keys[i]] for i in members[:new] if scored[cls, data.keys[i]] is not None]
+            by_class.setdefault(cls, []).extend([(float(np.mean(J)), cls, members)] * bool(J))
+    best = sorted((max(sets) for sets in by_class.values() if sets), reverse=True)[:2]
+    worst = sorted(min(sets) for sets in by_class.values() if sets)[:2]
+    chosen = [*best, *(one for one in worst if one not in best)]
+    return [ChosenSet(f"{cls} (J {100 * J:.0f}), {test}", data, cls, list(m[:images])) for J, cls, m in chosen]
+
+
+def extremes_figure(profile: Profile, results: Results, folder: Path, protocol: str = "ufo") -> Path | None:
+    """The best and the worst sets in Fig. 4's form (`extreme_sets`); None if no model could be run."""
+    text = (
+        "Inputs, truth, Baseline and LCCo (first seed) on LCCo's two best sets and its two worst, each two of "
+        "different classes; J is the mean over the set's images, masks are drawn at threshold 0.5."
+    )
+    sets = extreme_sets(profile, results, protocol)
+    return masks_figure(profile, results, folder, "best_worst", ("Baseline", "LCCo"), text, protocol, sets=sets)
 
 
 def feature_figure(profile: Profile, results: Results, folder: Path, images: int = 5) -> Path | None:
@@ -351,7 +386,7 @@ def sweep(series: Mapping[str, Any], x: str, xlabel: str = "", y: str = "J", wid
     for n, (one, (test, protocol)) in enumerate(zip(axes[0], panels, strict=True)):
         own = frame[(frame["test_set"] == test) & (frame["protocol"] == protocol)]
         sns.lineplot(own, x=x, y=y, hue="sweep", style="sweep", markers=True, errorbar="sd", ax=one, legend=n == 0)
-        one.set(xlabel=xlabel or x, ylabel=f"{y} (%)", xticks=sorted(own[x].unique()))
+        one.set(xlabel=xlabel or x, ylabel=f"{LABELS.get(y, y)} (%)", xticks=sorted(own[x].unique()))
         one.set_title(f"{LABELS.get(test, test)}, {protocol}", fontsize=8)
         _tidy(one)
     shown = axes[0, 0].get_legend_handles_labels()

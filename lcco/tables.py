@@ -37,6 +37,9 @@ LABELS = {
     "voc_val": "VOC val", "coco_seg": "COCO",
     "paper_P": "paper P", "paper_J": "paper J", "row": "", "test_set": "test set", "train_set": "trained on",
     "group_size": "set size", "change_P": "P change", "change_J": "J change",
+    "J_Baseline": "Baseline J", "J_LCCo": "LCCo J", "scored": "", "top_1": "top-1",
+    "top_k": "top-K", "i_star": "i*", "false_alarms": "false alarms", "empty_area": "area there",
+    "J_nonempty": "J elsewhere", "absent": "images without the object:",
 }  # fmt: skip
 PAPER_SETS = {"msrc7": "MSRC", "internet300": "Internet", "icoseg8": "iCoseg", "pascal1037": "PASCAL"}
 BASELINE = {"model.isfc": False, "model.clip_interaction": False, "model.clip_regularization": False}
@@ -373,9 +376,10 @@ class Table:
 
     def block_title(self, block: Block) -> str:
         """What a part is called."""
-        what = {"as printed": "As printed in the paper"}.get(block.title, f"{self.layout.block} {block.title}")
-        groups = {g for g, _ in block.columns}
-        return what.capitalize() if len(groups) != 1 else f"{what.capitalize()}, {_label(groups.pop())}"
+        what = {"as printed": "As printed in the paper"}.get(block.title, "")
+        what = what or f"{_label(self.layout.block)} {_label(block.title)}"
+        what, groups = what[0].upper() + what[1:], {g for g, _ in block.columns}
+        return what if len(groups) != 1 else f"{what}, {_label(groups.pop())}"
 
     def markdown(self) -> str:
         """The table as GitHub markdown."""

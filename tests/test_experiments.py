@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import drawn
 import numpy as np
@@ -200,6 +201,7 @@ def test_ablations_share_trainings_and_keep_their_scores(tiny: Profile, tmp_path
     import lcco.runs
     import lcco.train
 
+    monkeypatch.setattr(lcco.runs, "train_ahead", lambda *a, **k: None)  # its processes would not be counted
     trained, real = [], lcco.train.train
     monkeypatch.setattr(lcco.runs, "train", lambda e, *a, **k: trained.append(e.hash) or real(e, *a, **k))
     lcco_only = [Variant("LCCo")]
@@ -243,12 +245,37 @@ def test_ablations_share_trainings_and_keep_their_scores(tiny: Profile, tmp_path
     assert experiments.ablate(tiny, "table2_components", main_variants(tiny)).rows == found.rows
 
 
+def test_words_are_right_as_often_as_an_oracle_makes_them(tmp_path: Path):
+    """Cows: the word is first in one of three sets, third in another; i* is right in two. Cars: always, everywhere."""
+    test = str(drawn.folders(tmp_path, classes=("cow", "car", "zebra"), n=5))
+    told = iter([([1, 0], 1), ([1, 0], 1), ([1, 0], 1), ([0, 2], 0), ([2, 1], 0), ([2, 0], 2)])  # cars come first
+    asked = []
+
+    def output(data, members):
+        asked.append([data.keys[i] for i in members])
+        distilled, best = next(told)
+        return SimpleNamespace(distilled=torch.tensor([distilled]), best=torch.tensor([best]))
+
+    inputs = SimpleNamespace(words=["cow", "car", "dog"], prepare=lambda data: None)
+    weights = tmp_path / "w"
+    weights.write_bytes(b"w")
+    run = SimpleNamespace(
+        path=tmp_path, weights=weights, predictor=lambda: SimpleNamespace(inputs=inputs, output=output)
+    )  # fmt: skip
+    got = experiments.word_accuracy(run, test, group_size=2)
+    assert got["classes"]["car"] == {"sets": 3, "top_1": 3, "top_k": 3, "i_star": 3}
+    assert got["classes"]["cow"] == {"sets": 3, "top_1": 1, "top_k": 2, "i_star": 2} and got["without"] == ["zebra"]
+    assert asked[2] == ["car/ca_04", "car/ca_00"]  # the protocol's sets: the last is filled up from the first
+    assert experiments.word_accuracy(run, test, group_size=2) == got and len(asked) == 6
+
+
 def test_absent_data_become_rows_that_say_so(tiny: Profile, tmp_path: Path, monkeypatch):
     monkeypatch.setenv("LCCO_DATA", str(tmp_path / "nowhere"))
     away = dataclasses.replace(tiny, ablation_test=("msrc7",), tests=("msrc7",), choice_test=("voc_val",))
     for found in (
         experiments.ablate(away, "t", main_variants(away)), experiments.k_at_test_time(away, [1]),
         experiments.more_images(away, [1, 8]), experiments.feature_rows(away), experiments.readings(away),
+        experiments.class_results(away), experiments.word_results(away), experiments.absent_results(away),
     ):  # fmt: skip
         assert found.rows and not found.runs
         assert all(r["status"].startswith("not run: data not found (") and r["J"] is None for r in found.rows)
@@ -256,6 +283,7 @@ def test_absent_data_become_rows_that_say_so(tiny: Profile, tmp_path: Path, monk
     assert figures.sweep({"a": experiments.k_at_test_time(away, [1]).rows}, "K") is None
     assert figures.norm_bars(experiments.feature_rows(away).rows) is None
     assert figures.feature_figure(away, experiments.feature_rows(away), tmp_path) is None
+    assert figures.extremes_figure(away, experiments.class_results(away), tmp_path) is None
     assert experiments.growth(experiments.more_images(away, [5, 8]).rows) == [
         "The paper, from 5 to 8 images: P +0.3, J +0.2."
     ]
@@ -265,6 +293,84 @@ def test_a_choice_test_on_training_pictures_is_refused(tiny: Profile):
     seen = dataclasses.replace(tiny, choice_test=(tiny.experiment.data.train[0],))
     with pytest.raises(LCCoError, match="was trained on 8 of the 8 pictures"):
         experiments.ablate(seen, "t", [Variant("LCCo")])
+
+
+# ------------------------------------------------------------------------ what fails: classes, words, images without
+def test_classes_words_and_mixed_sets_are_counted_from_the_same_runs(tiny: Profile, tmp_path: Path, monkeypatch):
+    import lcco.runs
+    from lcco.data import load_data
+
+    monkeypatch.setattr(lcco.runs, "train_ahead", lambda *a, **k: None)  # one process is faster for so little
+    train = drawn.folders(tmp_path, classes=("face", "car"), n=4, name="faces", first=5500)  # no cow
+    tiny = dataclasses.replace(tiny, experiment=tiny.experiment.replace({"data.train": [str(train)]}))
+    test = str(drawn.folders(tmp_path, classes=("cow", "car", "person", "zebra"), n=4, name="many", first=8000))
+    tiny = dataclasses.replace(tiny, tests=(test, "msrc7"), ablation_test=(test,))
+    monkeypatch.setenv("LCCO_DATA", str(tmp_path / "nowhere"))
+
+    # a class's J is the mean over its images' rows
+    found = experiments.class_results(tiny)
+    rows = {r["row"] if r["row"] != "mean" else r["training"]: r for r in found.rows}
+    by_hand = {m: {"cow": [], "car": [], "person": [], "zebra": []} for m in ("LCCo", "Baseline")}
+    for (model, _), run in found.runs.items():
+        for line in run.evaluate(test, "ufo", 3)["ufo"].rows:
+            by_hand[model][line["class"]].append(line["J"])
+    for cls, values in by_hand["LCCo"].items():
+        assert rows[cls]["J_LCCo"] == pytest.approx(100 * sum(values) / 4, abs=1e-3)
+        assert rows[cls]["J_Baseline"] == pytest.approx(100 * sum(by_hand["Baseline"][cls]) / 4, abs=1e-3)
+        assert rows[cls]["change_J"] == pytest.approx(rows[cls]["J_LCCo"] - rows[cls]["J_Baseline"], abs=1e-3)
+        assert (rows[cls]["images"], rows[cls]["scored"]) == (4, "4 images")
+    assert [rows[c]["training"] for c in ("cow", "car", "person", "zebra")] == ["new", "seen", "seen", "new"]
+    assert rows["new"]["J_LCCo"] == pytest.approx((rows["cow"]["J_LCCo"] + rows["zebra"]["J_LCCo"]) / 2, abs=1e-3)
+    away = found.rows[-1]
+    assert away["status"] == "not run: data not found (msrc7)" and away["test_set"] == "msrc7"
+    assert away["J_LCCo"] is None
+
+    # words: against the outputs of the same sets
+    words = {r["row"]: r for r in experiments.word_results(tiny).rows if r["test_set"] == test}
+    assert list(words) == ["car", "cow", "all classes"]  # the vocabulary names neither person nor zebra
+    predictor, data = found.runs["LCCo", 0].predictor(), load_data(test)
+    names, hits = predictor.inputs.words, []
+    for members in (data.groups["cow"][:3], (data.groups["cow"][3], *data.groups["cow"][:2])):
+        out = predictor.output(data, members)
+        first = [names[i] for i in out.distilled[0].tolist()]
+        hits.append((first[0] == "cow", "cow" in first, names[int(out.best[0])] == "cow"))
+    shares = [words["cow"][k] for k in ("top_1", "top_k", "i_star")]
+    assert shares == [50.0 * sum(column) for column in zip(*hits, strict=True)]
+    assert words["cow"]["scored"] == "2 sets"
+    assert words["all classes"]["scored"] == "4 sets; 2 of 4 classes have no word"
+
+    # mixed sets: k of 3 images lack the object
+    mixed = experiments.absent_results(tiny)
+    assert [(r["row"], r["absent"]) for r in mixed.rows] == [(m, k) for m in ("LCCo", "Baseline") for k in (0, 1)]
+    none, one = mixed.rows[:2]
+    # 4 pictures a class: a set of 3, and the fourth in a second set; with k = 1 each of the 8 sets has an intruder
+    kept = experiments.mixed_sets(found.runs["LCCo", 0], test, 3)
+    assert kept[0]["empty"] == 0 and kept[0]["images"] == 16 and none["false_alarms"] is None
+    assert kept[1]["empty"] == 8 and kept[1]["groups"] == 8 and 0 <= one["false_alarms"] <= 100
+    assert one["J_nonempty"] == pytest.approx(100 * kept[1]["J_nonempty"], abs=1e-3) and one["protocol"] == "native"
+    layout = Layout("Mixed", block="absent", metrics=("false_alarms", "empty_area", "J_nonempty"))
+    table = Table("mixed_sets", mixed.rows, layout)
+    assert table.block_title(table.blocks[1]).startswith("Images without the object: 1, ")
+    assert [m for _, m in table.blocks[0].columns] == ["J_nonempty"]
+    single = str(drawn.folders(tmp_path, classes=("cow",), n=4, name="single", first=9000))
+    refused = experiments.absent_results(dataclasses.replace(tiny, ablation_test=(single,)))
+    assert all(r["status"].startswith("not run: data `single`: 0 pictures lack `cow`") for r in refused.rows)
+
+    # best and worst: of different classes, by the mean over the set's own images
+    sets = figures.extreme_sets(tiny, mixed_like := experiments.collect(tiny, "t", main_variants(tiny)))
+    assert len(sets) == 4 and sets[0].cls != sets[1].cls and sets[2].cls != sets[3].cls
+    J = {(r["class"], r["key"]): r["J"] for r in found.runs["LCCo", 0].evaluate(test, "ufo", 3)["ufo"].rows}
+    parts = [(c, part) for c, items in data.groups.items() for part in (items[:3], items[3:])]
+    means = [np.mean([J[c, data.keys[i]] for i in part]) for c, part in parts]
+    assert sets[0].title == f"{sets[0].cls} (J {100 * max(means):.0f}), {test}"
+    assert f"(J {100 * min(means):.0f})" in sets[2].title
+    png = figures.extremes_figure(tiny, mixed_like, tmp_path)
+    assert png == tmp_path / "photos" / "best_worst.png" and "two best sets" in figures.caption(png)
+
+    # all of it was kept: once more needs no model
+    monkeypatch.setattr(lcco.runs.Run, "predictor", lambda *a, **k: pytest.fail("measured twice"))
+    assert experiments.absent_results(tiny).rows == mixed.rows
+    assert {r["row"]: r for r in experiments.word_results(tiny).rows if r["test_set"] == test} == words
 
 
 # ---------------------------------------------------------------------------------------------------------- figures
