@@ -1,0 +1,93 @@
+"""Settings: mistakes are named with their mend; the hash is of the content; the shipped profiles load and run."""
+
+import drawn
+import pytest
+import torch
+
+from lcco import runs
+from lcco.common import LCCoError, duration, place, progress, project_root
+from lcco.config import Experiment, build, load_profile
+from lcco.tables import main_variants
+
+
+def test_unknown_and_mistyped_settings_are_named():
+    base = Experiment()
+    for change, said in [
+        ({"model.kk": 3}, "unknown setting `model.kk`; did you mean `model.k`"),
+        ({"k": 3}, "unknown setting `k`; did you mean `model.k`"),
+        ({"model.k": "many"}, "`model.k` is 'many'; it must be int"),
+        ({"model.k": 2.5}, "`model.k` is 2.5"),
+        ({"data.flip": "maybe"}, "`data.flip` is 'maybe'; it must be true or false"),
+        ({"model.placement": "middle"}, "must be one of 'decoder', 'encoder'"),
+        ({"model.strides": [32, 16]}, "`model.strides` has 2 values; it must have 3"),
+        ({"data.train": 3}, "`data.train` is 3; it must be a list"),
+    ]:
+        with pytest.raises(LCCoError) as error:
+            base.replace(change)
+        assert said in str(error.value), error.value
+    with pytest.raises(LCCoError, match="must be a mapping"):
+        build(Experiment, [1])
+
+
+def test_text_from_a_command_line_is_read_as_what_is_due():
+    e = Experiment().replace({"model.k": "3", "data.flip": "true", "train.lr": "1e-3", "model.weights": "null"})
+    assert (e.model.k, e.data.flip, e.train.lr, e.model.weights) == (3, True, 1e-3, None)
+    assert Experiment().replace({"data.train": "msrc7"}).data.train == ("msrc7",)
+
+
+def test_the_hash_is_of_the_content_and_not_of_the_name():
+    a = Experiment()
+    assert a.hash == Experiment().replace({"model.k": 5}).hash == a.replace(name="other").hash
+    hashes = {a.replace({"model.k": 4}).hash, a.replace(seed=1).hash, a.replace({"data.train": ["x"]}).hash, a.hash}
+    assert len(hashes) == 4
+
+
+def test_profiles_load_and_mistakes_in_them_name_the_file(tmp_path):
+    for path in (project_root() / "notebooks" / "profiles").glob("*.yaml"):
+        assert load_profile(path.stem).name == path.stem and load_profile(path).tests
+    with pytest.raises(LCCoError, match="no profile `nothing`; there are: .*embedded"):
+        load_profile("nothing")
+    bad = tmp_path / "mine.yaml"
+    for text, said in [
+        ("a: [", "not valid YAML at line"), ("- 1", "must hold a mapping"),
+        ("experiment: {model: {k: x}}", "`experiment.model.k` is 'x'"), ("sedes: [0]", "did you mean `seeds`"),
+    ]:  # fmt: skip
+        bad.write_text(text)
+        with pytest.raises(LCCoError, match="mine.yaml") as error:
+            load_profile(bad)
+        assert said in str(error.value)
+
+
+def test_the_shipped_profile_is_lite_with_more_training_data():
+    lite, shipped = load_profile("lite").experiment, load_profile("shipped").experiment
+    assert shipped.replace({"data.train": lite.data.train}).hash == lite.hash
+
+
+def test_durations_and_places(monkeypatch, tmp_path, capsys):
+    assert [duration(s) for s in (5, 75, 3720)] == ["5 s", "1 min 15 s", "1 h 02 min"]
+    monkeypatch.setenv("LCCO_RUNS", str(tmp_path))
+    assert place("runs") == tmp_path
+    assert list(progress(range(3), "work", every=0)) == [0, 1, 2]
+    assert "work: 3/3, 0 s left" in capsys.readouterr().err
+
+
+def test_the_paper_profile_runs_whole_on_drawn_folds_with_local_weights(tmp_path, monkeypatch):
+    """ResNet-50 from a file in torchvision's form, ViT-B/16 with random weights, drawn VOC and MSRC: images to rows."""
+    import torchvision
+
+    monkeypatch.setenv("LCCO_DATA", str(tmp_path))
+    drawn.voc(tmp_path)
+    drawn.folders(tmp_path, ["car", "cow", "dog"], 3, name="MSRC", first=70)
+    torch.manual_seed(0)
+    file = tmp_path / "resnet50.pth"
+    torch.save(torchvision.models.resnet50(weights=None).state_dict(), file)
+    profile = load_profile("paper")
+    steps = {"train.steps": 2, "train.eval_every": 2, "data.groups": 1, "data.group_size": 2}
+    weights = {"model.weights": str(file), "tower.weights": None}
+    experiment = profile.experiment.replace({**steps, **weights})
+    assert experiment.model.backbone == "resnet50" and experiment.tower.model == "ViT-B-16-quickgelu"
+    assert [v.row for v in main_variants(profile)] == ["LCCo", "Baseline"]
+    run = runs.get_run(experiment)
+    found = run.evaluate("msrc14", ("ufo", "native"), 3)
+    assert found["ufo"].summary["images"] == 9 and 0 <= found["native"].summary["J"] <= 1
+    assert run.record["training"]["parameters"] > 25e6  # the backbone is trained as well
