@@ -90,7 +90,8 @@ class Inputs:
     def _rows(self, data: CoSegData) -> dict[tuple[int, tuple[str, ...]], int]:
         """Every (item, class) that a group can ask for → its row in the stores below."""
         if data.digest() not in self._pairs:
-            pairs = [(i, (c,)) for c in sorted(data.groups) for i in data.groups[c]]
+            # By item, so that a picture with several classes is read once.
+            pairs = sorted((i, (c,)) for c, items in data.groups.items() for i in items)
             self._pairs[data.digest()] = {pair: n for n, pair in enumerate(pairs)}
         return self._pairs[data.digest()]
 
@@ -113,7 +114,7 @@ class Inputs:
         pairs = self._rows(data)
         if data.digest() in self._truths or len(pairs) * self.size**2 > MEMO_BYTES:
             return
-        path = place("cache") / f"truths-{digest([data.digest(), self.size], 16)}.npy"
+        path = place("cache") / f"truths-{digest([data.digest(), self.size, 'by item'], 16)}.npy"
         with file_lock(path.with_suffix(".lock"), f"waiting for another process to read the masks of {data.name}"):
             if not path.is_file():
                 with atomic_path(path) as part:
@@ -128,7 +129,7 @@ class Inputs:
         pairs = self._rows(data)
         if all((data.digest(), *p) in self._masked for p in pairs):
             return
-        recipe = [data.digest(), self.tower.identity, self.experiment.loss.mask_background]
+        recipe = [data.digest(), self.tower.identity, self.experiment.loss.mask_background, "by item"]
         path = place("cache") / f"masked-{digest(recipe, 16)}.npy"
         with file_lock(path.with_suffix(".lock"), f"waiting for another process to embed objects of {data.name}"):
             if not path.is_file():

@@ -225,8 +225,10 @@ def _train(
     stop_at: int | None, tensorboard: bool,
 ) -> dict[str, Any]:  # fmt: skip
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
     t, d = experiment.train, experiment.data
+    AcceleratorState._reset_state()  # it is global, and refuses a second training at another precision
     accelerator = Accelerator(
         mixed_precision=t.precision, log_with="tensorboard" if tensorboard else None, project_dir=folder
     )
