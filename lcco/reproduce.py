@@ -8,7 +8,9 @@ import dataclasses
 import json
 import os
 import re
+import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -139,6 +141,14 @@ def _run_notebook(path: Path, out: Path, values: Mapping[str, Any]) -> None:
     from jupyter_client.kernelspec import NoSuchKernel
 
     out.parent.mkdir(parents=True, exist_ok=True)
+    pressed: list[int] = []
+
+    def interrupt(*_: Any) -> None:
+        pressed.append(1)  # the event loop under papermill may swallow what is raised here
+        raise KeyboardInterrupt
+
+    of_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, interrupt) if of_main else None
     try:
         papermill.execute_notebook(
             str(path), str(out), dict(values), kernel_name="python3", progress_bar=False, cwd=str(project_root()),
@@ -151,7 +161,13 @@ def _run_notebook(path: Path, out: Path, values: Mapping[str, Any]) -> None:
             raise KeyboardInterrupt from None
         said = (str(error.evalue).strip().splitlines() or [""])[-1]
         what = said if error.ename == "LCCoError" else f"{error.ename}: {said}"
-        raise LCCoError(f"{path.name}, cell {error.exec_count}: {what} (all of it: {out})") from None
+        if not pressed:
+            raise LCCoError(f"{path.name}, cell {error.exec_count}: {what} (all of it: {out})") from None
+    finally:
+        if of_main:
+            signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
 
 
 def _machine() -> dict[str, Any]:
@@ -203,7 +219,7 @@ def write_report(profile: Profile, folder: Path) -> Path:
         }
         for name, r in sorted(runs.items())
     ]  # fmt: skip
-    inline = [(stem, text, base64.b64encode(f.read_bytes()).decode()) for stem, text, f in figures]
+    inline = [(stem, text, base64.b64encode(_small(f)).decode()) for stem, text, f in figures]
     template = Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8")
     page = jinja2.Environment(autoescape=True).from_string(template).render(
         profile=profile, tables=[t.html() for t in tables], names=[(t.name, t.layout.title) for t in tables],
@@ -233,6 +249,20 @@ def write_report(profile: Profile, folder: Path) -> Path:
         lines.append("\n".join([*head, *(f"| {name} | {took} |" for name, took in times)]))
     write_text(folder / "README.md", "\n\n".join(line for line in lines if line) + "\n")
     return folder / "report.html"
+
+
+def _small(file: Path, width: int = 1600) -> bytes:
+    """A figure for the page: at most `width` pixels wide, in 256 colours, so that the page stays a few MB."""
+    import io
+
+    from PIL import Image
+
+    with Image.open(file) as figure:
+        figure = figure.convert("RGB")
+        figure.thumbnail((width, 10 * width))
+        out = io.BytesIO()
+        figure.quantize(256, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
+    return out.getvalue()
 
 
 def write_index(results: Path) -> Path:
