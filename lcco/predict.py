@@ -210,7 +210,7 @@ def cosegment_folder(
         finally:  # an interruption loses nothing that was made
             order = {f.name: n for n, f in enumerate(files)}
             record["images"].sort(key=lambda i: order[i["name"]])
-            record["seconds"] = round(before.get("seconds", 0) + time.monotonic() - began, 1)
+            record["seconds"] = round(before.get("seconds", 0) + time.monotonic() - began, 3)
             write_json(out / "result.json", record)
         good = [i for i in record["images"] if not i["error"]]
         if good:
