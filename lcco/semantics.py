@@ -38,10 +38,21 @@ IMAGENET_ALIASES = {
     "ox": "cow",  # the only domestic cattle
     "common sorrel horse": "horse",  # the only horse; its colour would dominate the text
     "ram (adult male sheep)": "sheep",  # the only domestic sheep
-    "baseball player": "person",  # the only three classes that are people
-    "bridegroom": "person",
-    "scuba diver": "person",
-}
+    **dict.fromkeys(("baseball player", "bridegroom", "scuba diver"), "person"),  # the only classes that are people
+    **dict.fromkeys(  # what is worn is pictured on whoever wears it, and ImageNet has no word for them
+        (
+            "abaya", "academic gown", "apron", "balaclava ski mask", "bikini", "bolo tie", "bow tie", "bra",
+            "breastplate", "bulletproof vest", "cardigan", "chain mail", "cloak", "cowboy hat", "crash helmet",
+            "cuirass", "feather boa", "football helmet", "fur coat", "gas mask or respirator", "gown",
+            "graduation cap", "hair wig", "hoop skirt", "jeans", "kimono", "knee pad", "lab coat",
+            "military hat (bearskin or shako)", "military uniform", "miniskirt", "neck brace", "necklace",
+            "one-piece bathing suit", "overskirt", "oxygen mask", "pajamas", "Pickelhaube", "poke bonnet", "poncho",
+            "sarong", "scarf", "shower cap", "sombrero", "stethoscope", "suit", "sunglasses", "sweatshirt",
+            "swim trunks / shorts", "swimming cap", "T-shirt", "tights", "trench coat", "vestment", "Windsor tie",
+        ),
+        "person",
+    ),
+}  # fmt: skip
 
 # One thing under the names that data sets and vocabularies give it
 _SYNONYMS = (

@@ -171,10 +171,13 @@ def load_model(path: Path, *, device: str = "cpu", inputs: Inputs | None = None,
 
 @contextlib.contextmanager
 def deterministic(threads: int) -> Iterator[None]:
-    """Same bits on the same machine: no atomics in backward passes, and a fixed number of threads."""
+    """Same bits on the same machine's CPU: ordered sums in backward passes, and a fixed number of threads.
+
+    Not on a GPU, where ordered sums (of bilinear upsampling above all) would multiply the time of a step.
+    """
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     threads_before = torch.get_num_threads()
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(not torch.cuda.is_available(), warn_only=True)
     torch.set_num_threads(threads)
     try:
         yield
