@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lcco.common import LCCoError, digest, file_digest, progress, write_json
+from lcco.common import LCCoError, digest, progress, write_json
 from lcco.config import Experiment, Profile, load_profile
 from lcco.tables import (
     BASELINE,
@@ -506,7 +506,7 @@ def feature_quality(run: Run, test: str, group_size: int = 5) -> dict[str, Any]:
 
 def _kept(run: Run, data: CoSegData, name: str, recipe: list[Any], measure: Callable[[], Any]) -> Any:
     """What is measured of a run's model on a set: once, then read from the run's `evaluations/`."""
-    file = f"{data.name}-{name}-{recipe[-1]}-{digest([*recipe, file_digest(run.weights)], 10)}.json"
+    file = f"{data.name}-{name}-{recipe[-1]}-{digest([*recipe, run.sha], 10)}.json"
     path = run.path / "evaluations" / file.replace("/", "_")
     if not path.is_file():
         write_json(path, measure())

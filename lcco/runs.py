@@ -125,6 +125,12 @@ class Run:
         use_best = self.experiment.train.checkpoint == "best" and best.is_file()
         return best if use_best else self.path / "last.safetensors"
 
+    @property
+    def sha(self) -> str:
+        """A short hash of the model file; from the record where a run came without its weights, for its scores."""
+        known = self.record.get("weights_sha256", "")[:12]
+        return known if known and not self.weights.is_file() else file_digest(self.weights)
+
     def predictor(self, *, gt: bool = False, k: int | None = None, flip: bool = False) -> Predictor:
         """The model ready to segment; see `Predictor` for the settings."""
         if self._inputs is None:
@@ -156,10 +162,9 @@ class Run:
                 f"{self.path.name} was trained on {seen} of the {len(data)} pictures of {data.name}; its score there "
                 "would mean nothing. Use another test set, or --allow-overlap to see it all the same"
             )
-        sha = file_digest(self.weights)
         files = {}
         for p in protocols:
-            key = digest([data.digest(), p, group_size, seed, gt, k, flip, sha], 10)
+            key = digest([data.digest(), p, group_size, seed, gt, k, flip, self.sha], 10)
             files[p] = self.path / "evaluations" / f"{data.name}-{p}-{group_size}-{key}.json".replace("/", "_")
         missing = [p for p in protocols if not files[p].is_file()]
         if missing:
