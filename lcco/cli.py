@@ -48,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. model.k=3, seed=1")
     sub.add_argument("--dry-run", action="store_true", help="say what would run, its size and time; train nothing")
     sub.add_argument("--tensorboard", action="store_true")
+    sub.add_argument("--close", action="store_true", help="take an interrupted training as it stands")
     sub.add_argument("--data-root", **data_root)
 
     sub = command("evaluate", _evaluate, "Score a trained run on a data set under named protocols.")
@@ -119,11 +120,15 @@ def _train(args: argparse.Namespace) -> None:
     from lcco.config import load_profile
 
     experiment = load_profile(args.profile).experiment.replace(_pairs(args.set, "--set"))
-    from lcco.runs import estimate, get_run
+    from lcco.runs import close_run, estimate, get_run
 
     if args.dry_run:
         for key, value in estimate(experiment).items():
             print(f"{key}: {value}")
+        return
+    if args.close:
+        run = close_run(experiment)
+        print(f"{run.path}: {run.record['note']}")
         return
     run = get_run(experiment, tensorboard=args.tensorboard)
     print(f"{run.path} ({duration(run.record['seconds'])})")

@@ -127,7 +127,7 @@ def choice(run: Run, test: str, group_size: int = 5, *, k: int | None = None) ->
 
 def choice_results(profile: Profile, table: str = "choice") -> Results:
     """The group-choice test of LCCo and the Baseline, every seed, on each of the profile's sets that offer a choice."""
-    found = collect(profile, table, main_variants(profile))
+    found = collect(profile, table, main_variants(profile), choice=profile.choice_test)
     found.rows = [
         _choice_row(profile, like, found.runs.get((like["row"], like["seed"])), test=test)
         for test in profile.choice_test for like in _once(found.rows)
@@ -140,7 +140,9 @@ def ablate(profile: Profile, table: str, variants: Sequence[Variant]) -> Results
 
     The standard sets hardly need the set (most pictures show one object), so they hardly tell the modules apart.
     """
-    found = collect(profile, table, variants, tests=profile.ablation_test, seeds=profile.ablation_seeds)
+    found = collect(
+        profile, table, variants, tests=profile.ablation_test, seeds=profile.ablation_seeds, choice=profile.choice_test
+    )
     found.rows += [
         _choice_row(profile, r, found.runs.get((r["row"], r["seed"])), test=test)
         for test in profile.choice_test for r in _once(found.rows)

@@ -146,6 +146,15 @@ class Run:
             write_json(file, {"test": test.name, "pictures": len({b for _, b in overlap(training, test)})})
         return json.loads(file.read_text())["pictures"]
 
+    def _score_file(self, data: CoSegData, protocol: str, group_size: int, *settings: Any) -> Path:
+        key = digest([data.digest(), protocol, group_size, *settings, self.sha], 10)
+        return self.path / "evaluations" / f"{data.name}-{protocol}-{group_size}-{key}.json".replace("/", "_")
+
+    def scored(self, test: str, protocols: Sequence[str], group_size: int = 5) -> bool:
+        """Whether `evaluate` has this in store (at its default settings)."""
+        data = load_data(test, self.data_root)
+        return all(self._score_file(data, p, group_size, 0, False, None, False).is_file() for p in protocols)
+
     def evaluate(
         self, test: str | CoSegData, protocols: str | Sequence[str] = "ufo", group_size: int = 5, *, seed: int = 0,
         gt: bool = False, k: int | None = None, flip: bool = False, allow_overlap: bool = False,
@@ -162,10 +171,7 @@ class Run:
                 f"{self.path.name} was trained on {seen} of the {len(data)} pictures of {data.name}; its score there "
                 "would mean nothing. Use another test set, or --allow-overlap to see it all the same"
             )
-        files = {}
-        for p in protocols:
-            key = digest([data.digest(), p, group_size, seed, gt, k, flip, self.sha], 10)
-            files[p] = self.path / "evaluations" / f"{data.name}-{p}-{group_size}-{key}.json".replace("/", "_")
+        files = {p: self._score_file(data, p, group_size, seed, gt, k, flip) for p in protocols}
         missing = [p for p in protocols if not files[p].is_file()]
         if missing:
             predictor = self.predictor(gt=gt, k=k, flip=flip)
@@ -192,49 +198,103 @@ def get_run(
     with file_lock(path.with_suffix(".lock"), f"waiting for another process that trains {path.name}"):
         if not record_file.is_file():
             path.mkdir(parents=True, exist_ok=True)
-            write_json(path / "config.json", {"hash": experiment.hash, **asdict(experiment)})
+            about = {"hash": experiment.hash, "environment": environment(), **asdict(experiment)}
+            write_json(path / "config.json", about)
             inputs = inputs or shared_inputs(experiment)
             began = time.monotonic()
             data = load_data("+".join(experiment.data.train), data_root)
             summary = train(experiment, path, inputs=inputs, tensorboard=tensorboard, data_root=data_root)
-            run = Run(path, experiment, data_root=data_root)
-            write_json(
-                record_file,
-                {
-                    "experiment": asdict(experiment), "hash": experiment.hash, "environment": environment(),
-                    "data": {"name": data.name, "images": len(data), "digest": data.digest()},
-                    "tower": inputs.tower.identity, "backbone": inputs.backbone.identity,
-                    "vocabulary_hash": inputs.vocabulary_hash, "weights": run.weights.name,
-                    "weights_sha256": file_digest(run.weights, 64), "training": summary,
-                    "seconds": round(time.monotonic() - began, 1),
-                    "peak_memory_mb": _peak_memory_mb(),
-                },
-            )  # fmt: skip
+            seconds = round(time.monotonic() - began, 1)
+            more = {"training": summary, "seconds": seconds, "peak_memory_mb": _peak_memory_mb()}
+            _write_record(Run(path, experiment, data_root=data_root), environment(), inputs, data, more)
     return _run(path, record_file, data_root, inputs)
 
 
-def train_ahead(experiments: Sequence[Experiment], *, data_root: Path | None = None) -> None:
-    """Train those of the experiments that are not in the run store yet, one a core at a time.
+def _write_record(
+    run: Run, made: dict[str, Any], inputs: Inputs, data: CoSegData, more: dict[str, Any]
+) -> None:  # fmt: skip
+    write_json(
+        run.path / "record.json",
+        {
+            "experiment": asdict(run.experiment), "hash": run.experiment.hash, "environment": made,
+            "data": {"name": data.name, "images": len(data), "digest": data.digest()},
+            "tower": inputs.tower.identity, "backbone": inputs.backbone.identity,
+            "vocabulary_hash": inputs.vocabulary_hash, "weights": run.weights.name,
+            "weights_sha256": file_digest(run.weights, 64), **more,
+        },
+    )  # fmt: skip
+
+
+def close_run(experiment: Experiment, why: str = "", *, data_root: Path | None = None) -> Run:
+    """Take an interrupted training as it stands: its best weights so far become the run's, and its record says so.
+
+    For a machine that was lent and is gone. why: a reason for the record. What the training wrote decides everything;
+    only its optimiser is not needed any more. Raises: LCCoError where no weights were saved yet, or the run is done.
+    """
+    path = run_path(experiment)
+    best, log = path / "best.safetensors", path / "metrics.jsonl"
+    if (path / "record.json").is_file():
+        raise LCCoError(f"{path}: this run is done already")
+    if not best.is_file() or not log.is_file():
+        raise LCCoError(f"{path}: no training was interrupted here after its first evaluation; nothing to close")
+    lines = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
+    step, top = lines[-1]["step"], max((n for n in lines if "holdout_J" in n), key=lambda n: n["holdout_J"])
+    inputs = shared_inputs(experiment)
+    model = load_model(best, inputs=inputs).model
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    note = f"stopped after step {step} of {experiment.train.steps}{f' ({why})' if why else ''}; weights of step "
+    note += f"{top['step']}, the best on the held-out pictures until then"
+    summary = {"step": step, "best": top["holdout_J"], "best_step": top["step"], "parameters": trained}
+    config = json.loads((path / "config.json").read_text())
+    data = load_data("+".join(experiment.data.train), data_root)
+    run = Run(path, experiment, data_root=data_root)
+    _write_record(run, config.get("environment", environment()), inputs, data, {"training": summary, "note": note})
+    return _run(path, path / "record.json", data_root)
+
+
+Score = tuple[str, tuple[str, ...], int]  # a test set, protocols, group size: what `Run.evaluate` takes
+
+
+def train_ahead(
+    experiments: Sequence[Experiment], scores: Sequence[Score] = (), *, data_root: Path | None = None
+) -> None:
+    """Train, and score, those of the experiments that were not before, one a core at a time.
 
     Trainings on cached features use one thread each, so on a CPU several side by side finish sooner; with a GPU, a
     live backbone, or one core, nothing happens here and `get_run` trains each when it is asked for.
     """
-    waiting = {e.hash: e for e in experiments if not (run_path(e) / "record.json").is_file()}
-    frozen = [e for e in waiting.values() if e.model.frozen_stages == 4 and e.model.placement == "decoder"]
-    workers = min(len(frozen), os.cpu_count() or 1)
-    if torch.cuda.is_available() or workers < 2:
+    waiting = {e.hash: e for e in experiments if e.model.frozen_stages == 4 and not _finished(e, scores, data_root)}
+    workers = side_by_side(list(waiting.values()))
+    if workers < 2:
         return
-    for e in frozen:  # fill the caches once, with all cores
+    tests = {test: load_data(test, data_root) for test, _, _ in scores}
+    for e in waiting.values():  # fill the caches once, with all cores
         prepare(e, shared_inputs(e), data_root)
-    print(f"training {len(frozen)} models, {workers} at a time", file=sys.stderr, flush=True)
+        for data in tests.values():
+            shared_inputs(e).prepare(data)
+    print(f"training and scoring {len(waiting)} models, {workers} at a time", file=sys.stderr, flush=True)
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for job in progress([pool.submit(_train_alone, e, data_root) for e in frozen], "models trained"):
+        jobs = [pool.submit(_train_alone, e, scores, data_root) for e in waiting.values()]
+        for job in progress(jobs, "models done"):
             job.result()
 
 
-def _train_alone(experiment: Experiment, data_root: Path | None) -> None:
+def side_by_side(experiments: Sequence[Experiment]) -> int:
+    """How many of these trainings run at once: one a core where frozen features are cached, else one after another."""
+    frozen = sum(e.model.frozen_stages == 4 for e in experiments)
+    return 1 if torch.cuda.is_available() else max(1, min(frozen, os.cpu_count() or 1))
+
+
+def _finished(experiment: Experiment, scores: Sequence[Score], data_root: Path | None) -> bool:
+    record = run_path(experiment) / "record.json"
+    return record.is_file() and all(_run(record.parent, record, data_root).scored(*score) for score in scores)
+
+
+def _train_alone(experiment: Experiment, scores: Sequence[Score], data_root: Path | None) -> None:
     with contextlib.redirect_stderr(io.StringIO()):  # the parent tells how far all are
-        get_run(experiment, data_root=data_root)
+        run = get_run(experiment, data_root=data_root)
+        for test, protocols, group_size in scores:
+            run.evaluate(test, protocols, group_size)
 
 
 def open_run(name: str | Path, data_root: Path | None = None) -> Run:

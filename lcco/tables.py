@@ -135,9 +135,11 @@ def collect(
     seeds: Sequence[int] | None = None,
     protocols: Sequence[str] | None = None,
     group_sizes: Sequence[int] | None = None,
+    choice: Sequence[str] = (),
 ) -> Results:
     """Train (or load) each variant for each seed, and score it on each test set under each protocol and set size.
 
+    choice: sets whose group-choice scores will be asked for next: they are made ready with the others.
     What cannot be run because data or weights are absent becomes rows that say so; other mistakes are raised.
     """
     from lcco.data import load_data
@@ -146,23 +148,25 @@ def collect(
     out = Results()
     protocols, sizes = protocols or profile.protocols, group_sizes or (profile.group_size,)
     why: dict[str, str] = {}
-    for test in tests or profile.tests:
+    for test in (*(tests or profile.tests), *choice):
         try:
             load_data(test)
         except LCCoError as error:
             why[test] = absence(error)
+    scores = [(t, tuple(protocols), n) for t in tests or profile.tests if t not in why for n in sizes]
+    scores += [(t, ("choice",), profile.group_size) for t in choice if t not in why]
     missing = ""  # training data or weights: the same for every run of a profile
     wanted = [
         profile.experiment.replace(dict(v.changes), seed=seed)
         for v in variants for seed in (seeds if seeds is not None else profile.seeds)
     ]  # fmt: skip
     with contextlib.suppress(LCCoError):  # what is absent shows below, row by row
-        if len(why) < len(tests or profile.tests):
-            train_ahead(wanted)
+        if scores:
+            train_ahead(wanted, scores)
     for variant in variants:
         for seed in seeds if seeds is not None else profile.seeds:
             experiment, run = profile.experiment.replace(dict(variant.changes), seed=seed), None
-            if not missing and len(why) < len(tests or profile.tests):
+            if not missing and scores:
                 try:
                     run = out.runs[variant.row, seed] = get_run(experiment)
                 except LCCoError as error:
@@ -209,14 +213,14 @@ def quoted_rows(profile: Profile) -> list[dict[str, Any]]:
 
 def main_results(profile: Profile) -> Results:
     """Table 1: LCCo and Baseline for every seed, test set and protocol, and the paper's rows."""
-    out = collect(profile, "table1_main", main_variants(profile))
+    out = collect(profile, "table1_main", main_variants(profile), choice=profile.choice_test)
     out.rows += quoted_rows(profile)
     return out
 
 
 def cost(profile: Profile, variants: Sequence[Variant], seeds: Sequence[int] | None = None) -> str:
     """What a notebook's trainings will cost, as a sentence: how many, how many are done already, how long."""
-    from lcco.runs import estimate, run_path
+    from lcco.runs import estimate, run_path, side_by_side
 
     seeds = profile.seeds if seeds is None else seeds
     wanted = {e.hash: e for v in variants for s in seeds for e in [profile.experiment.replace(dict(v.changes), seed=s)]}
@@ -231,7 +235,7 @@ def cost(profile: Profile, variants: Sequence[Variant], seeds: Sequence[int] | N
             like[key] = like.get(key) or estimate(e)
     except LCCoError as error:
         return f"{said}none of which can be done here ({absence(error)})."
-    seconds = sum(like[e.replace(seed=0).hash]["training seconds"] for e in todo)
+    seconds = sum(like[e.replace(seed=0).hash]["training seconds"] for e in todo) / side_by_side(todo)
     seconds += max(one["embedding seconds"] for one in like.values())
     return f"{said}{len(todo)} still to do: about {duration(seconds)} on this machine, then the scoring."
 
@@ -360,6 +364,9 @@ class Table:
         if self.rows[["paper_P", "paper_J"]].notna().any(axis=None):
             delta = "; in brackets the difference to it" if set(self.rows["profile"]) == {"paper"} else ""
             out.append(f"“paper”: the number printed in the paper, at its own data and backbone{delta}.")
+        for name, record in self.runs.items():
+            if record.get("note"):
+                out.append(f"Run {name}, seed {record['experiment']['seed']}: {record['note']}.")
         slips = _slips(self.name).query("row == ''")
         return [*out, *slips[slips["test_set"].isin(["", *done["test_set"]])]["note"], *self.layout.notes]
 

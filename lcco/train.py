@@ -76,7 +76,10 @@ class Predictor:
         if self.gt and cls is not None:
             target = torch.tensor([self.inputs.nearest_word(cls)], device=device)
         mode = self.model.training
-        self.model.eval().to(device)
+        if mode:
+            self.model.eval()
+        if next(self.model.parameters()).device != torch.device(device):
+            self.model.to(device)
         with deterministic(training_threads(self.inputs)):
             out = self.model(
                 None if images is None else images[None].to(device),
@@ -85,7 +88,8 @@ class Predictor:
                 maps=None if maps is None else [m[None].to(device).float() for m in maps],
                 target=target, k=self.k, return_maps=return_maps,
             )  # fmt: skip
-        self.model.train(mode)
+        if mode:
+            self.model.train()
         return out
 
     def __call__(self, data: CoSegData, items: Sequence[int], cls: str | None = None) -> np.ndarray:
@@ -176,19 +180,21 @@ def deterministic(threads: int) -> Iterator[None]:
     Not on a GPU, where ordered sums (of bilinear upsampling above all) would multiply the time of a step.
     """
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    threads_before = torch.get_num_threads()
+    threads_before, fill = torch.get_num_threads(), torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(not torch.cuda.is_available(), warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a check for debugging: a tenth of a step's time
     torch.set_num_threads(threads)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = fill
         torch.set_num_threads(threads_before)
 
 
 def training_threads(inputs: Inputs) -> int:
     """What is left of a frozen network is small: one thread serves it best, and two trainings fit two cores."""
-    return 1 if inputs.cached_stages == 4 else torch.get_num_threads()
+    return 1 if inputs.backbone.frozen_stages == 4 else torch.get_num_threads()
 
 
 def prepare(
@@ -257,6 +263,8 @@ def _train(
         except (KeyError, ValueError, RuntimeError):
             raise LCCoError(f"{checkpoint}: from other settings; remove it and start again") from None
         ema, state = saved["ema"], saved["state"]
+        if ema is not None:  # checkpoints are read on the CPU
+            ema = {k: v.to(accelerator.device) for k, v in ema.items()}
         _cut_log(folder / "metrics.jsonl", state["step"])
     net, optimizer = accelerator.prepare(model, optimizer)
     sampler = GroupSampler(

@@ -116,7 +116,7 @@ def test_collect_gives_a_row_for_each_variant_seed_test_protocol_and_size(monkey
     import lcco.runs
 
     calls: list = []
-    monkeypatch.setattr(lcco.runs, "train_ahead", lambda experiments: None)
+    monkeypatch.setattr(lcco.runs, "train_ahead", lambda *a, **k: None)
     monkeypatch.setattr(lcco.runs, "get_run", lambda e: FakeRun(e, calls))
 
     def load(name):
@@ -148,7 +148,7 @@ def test_collect_says_what_is_missing_when_weights_are_absent(monkeypatch: pytes
     def get_run(experiment):
         raise LCCoError("weights resnet50.pth are not here and downloads are off: download it")
 
-    monkeypatch.setattr(lcco.runs, "train_ahead", lambda experiments: None)
+    monkeypatch.setattr(lcco.runs, "train_ahead", lambda *a, **k: None)
     monkeypatch.setattr(lcco.runs, "get_run", get_run)
     monkeypatch.setattr(lcco.data, "load_data", lambda name: None)
     found = tables.collect(load_profile("paper"), "t", [Variant("A"), Variant("B")])

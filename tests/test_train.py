@@ -187,6 +187,49 @@ def test_two_processes_train_a_run_once(base):
     assert [line["step"] for line in lines] == [3, 6]  # one training's log
 
 
+def test_runs_are_trained_and_scored_ahead_side_by_side(base, tmp_path, monkeypatch):
+    other = drawn.folders(tmp_path, ["cow", "dog"], 3, name="other", first=500)
+    both = [base, base.replace(seed=1), base.replace({"model.placement": "encoder"})]
+    assert runs.side_by_side(both) == min(3, runs.os.cpu_count())
+    monkeypatch.setattr(runs.os, "cpu_count", lambda: 2)
+    runs.train_ahead(both, [(str(other), ("ufo",), 3)])
+    monkeypatch.setattr(runs, "train", None)  # nothing is left to train or to score
+    monkeypatch.setattr(runs, "evaluate_all", None)
+    for e in both:
+        run = runs.get_run(e)
+        assert run.scored(str(other), ["ufo"], 3) and not run.scored(str(other), ["ufo"], 2)
+        assert run.evaluate(str(other), "ufo", 3)["ufo"].summary["images"] == 6
+    monkeypatch.setattr(runs, "ProcessPoolExecutor", None)
+    runs.train_ahead(both, [(str(other), ("ufo",), 3)])  # all there: no process is started
+
+
+def test_an_interrupted_training_can_be_taken_as_it_stands(base, tmp_path):
+    with pytest.raises(LCCoError, match="nothing to close"):
+        runs.close_run(base)
+    path = runs.run_path(base)
+    train(base, path, stop_at=4)  # past the evaluation at step 3
+    (path / "config.json").write_text('{"environment": {"device": "lent"}}')
+    kept = file_digest(path / "best.safetensors", 64)
+    run = runs.close_run(base, "the lease ended")
+    assert run.record["weights_sha256"] == kept and run.record["environment"] == {"device": "lent"}
+    assert run.record["note"].startswith("stopped after step 3 of 6 (the lease ended); weights of step 3")
+    assert runs.get_run(base).record == run.record  # it is done: nothing trains
+    assert run.evaluate(base.data.train[0], "ufo", 3, allow_overlap=True)["ufo"].summary["images"] == 12
+    with pytest.raises(LCCoError, match="done already"):
+        runs.close_run(base)
+
+
+def test_a_run_without_its_weights_still_tells_its_scores(base, tmp_path):
+    run = runs.get_run(base)
+    once = run.evaluate(base.data.train[0], "ufo", 3, allow_overlap=True)
+    for file in run.path.glob("*.safetensors"):
+        file.unlink()
+    again = runs.open_run(run.path)
+    assert again.evaluate(base.data.train[0], "ufo", 3, allow_overlap=True) == once
+    with pytest.raises(LCCoError, match="no such model file"):
+        again.evaluate(base.data.train[0], "native", 3, allow_overlap=True)
+
+
 def test_bad_trainings_say_what_to_mend(base, tmp_path):
     with pytest.raises(LCCoError, match="data.crop` needs a live backbone"):
         train(base.replace({"data.crop": 0.7}), tmp_path / "a")
