@@ -79,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("release", _release, "Write a profile's LCCo as a small file with a card of what it scored.")
     sub.add_argument("out", metavar="FILE.safetensors")
     sub.add_argument("--profile", default="shipped", metavar="P")
+    sub.add_argument("--seed", type=int, metavar="N", help="the run of this seed (default: the profile's first)")
     sub.add_argument("--data-root", **data_root)
 
     sub = command("bench", _bench, "Time LCCo and its Baseline on this machine: size, a training step, the whole run.")
@@ -178,10 +179,11 @@ def _release(args: argparse.Namespace) -> None:
     from lcco.tables import main_variants
 
     profile = load_profile(args.profile)
+    seed = profile.seeds[0] if args.seed is None else args.seed
     ours, theirs = (
-        get_run(profile.experiment.replace(dict(v.changes), seed=profile.seeds[0])) for v in main_variants(profile)
+        get_run(profile.experiment.replace(dict(v.changes), seed=seed)) for v in main_variants(profile)
     )
-    print(release(ours, Path(args.out), profile.tests, theirs))
+    print(release(ours, Path(args.out), profile.tests, theirs, profile.choice_test))
 
 
 def _bench(args: argparse.Namespace) -> None:

@@ -20,12 +20,12 @@ from lcco.common import LCCoError, digest, progress, write_json
 from lcco.config import Experiment, Profile, load_profile
 from lcco.tables import (
     BASELINE,
-    LABELS,
     MEASURED,
     Results,
     Variant,
     absence,
     collect,
+    label,
     main_variants,
     make_row,
     paper_table,
@@ -207,7 +207,7 @@ def more_images(profile: Profile, set_sizes: Sequence[int]) -> Results:
         group_sizes=set_sizes,
     )  # fmt: skip
     for row in found.rows:
-        on = f", {LABELS.get(row['test_set'], row['test_set'])}" if len(profile.ablation_test) > 1 else ""
+        on = f", {label(row['test_set'])}" if len(profile.ablation_test) > 1 else ""
         row["model"] = row["row"] + on
         row["row"] = f"{row['row']}, {row['group_size']} image{'s' * (row['group_size'] != 1)}"
     return found
@@ -285,7 +285,7 @@ def against(rows: Sequence[Mapping[str, Any]], reference: str, metric: str = "J"
                 said += f" (paper {paper:+.1f}{', against the paper' * contrary})"
             parts.append(said)
         if parts:
-            out.append(f"{LABELS.get(test, test)}, {protocol}: {metric} against {reference}: {'; '.join(parts)}.")
+            out.append(f"{label(test)}, {protocol}: {metric} against {reference}: {'; '.join(parts)}.")
     return out
 
 

@@ -192,7 +192,10 @@ def masks_figure(
         sets, text = chosen_sets(profile, results, protocol, images), f"{text} {SETS_BY_RULE}"
     if not sets:
         return None
-    predictors = {label: runs[row].predictor() for row, label in names.items() if row in runs}
+    kept = {row: label for row, label in names.items() if row in runs and runs[row].weights.is_file()}
+    if gone := [label for row, label in names.items() if row in runs and row not in kept]:
+        text += f" Not drawn, because their weights were not kept: {', '.join(gone)}."
+    predictors = {label: runs[row].predictor() for row, label in kept.items()}
     panels = []
     for one in sets:
         pictures = [np.asarray(one.data.image(i)) / 255 for i in one.items]
@@ -345,14 +348,14 @@ def lines(
     import pandas as pd
     import seaborn as sns
 
-    from lcco.tables import LABELS
+    from lcco.tables import label
 
     frame = pd.DataFrame(rows).dropna(subset=[x])
     if frame.empty:
         return None
     if by == "test":
         frame["test"] = [
-            LABELS.get(t, t) + ("" if p == "choice" else f", {p}")
+            label(t) + ("" if p == "choice" else f", {p}")
             for t, p in zip(frame["test_set"], frame["protocol"], strict=True)
         ]
     figure, axes = new_figure(width, 1.0 + 0.26 * frame[y].nunique())
@@ -375,7 +378,7 @@ def sweep(series: Mapping[str, Any], x: str, xlabel: str = "", y: str = "J", wid
     import pandas as pd
     import seaborn as sns
 
-    from lcco.tables import LABELS
+    from lcco.tables import label
 
     frame = pd.concat([pd.DataFrame(rows).assign(sweep=name) for name, rows in series.items()])
     frame = frame.dropna(subset=[y])
@@ -386,8 +389,8 @@ def sweep(series: Mapping[str, Any], x: str, xlabel: str = "", y: str = "J", wid
     for n, (one, (test, protocol)) in enumerate(zip(axes[0], panels, strict=True)):
         own = frame[(frame["test_set"] == test) & (frame["protocol"] == protocol)]
         sns.lineplot(own, x=x, y=y, hue="sweep", style="sweep", markers=True, errorbar="sd", ax=one, legend=n == 0)
-        one.set(xlabel=xlabel or x, ylabel=f"{LABELS.get(y, y)} (%)", xticks=sorted(own[x].unique()))
-        one.set_title(f"{LABELS.get(test, test)}, {protocol}", fontsize=8)
+        one.set(xlabel=xlabel or x, ylabel=f"{label(y)} (%)", xticks=sorted(own[x].unique()))
+        one.set_title(f"{label(test)}, {protocol}", fontsize=8)
         _tidy(one)
     shown = axes[0, 0].get_legend_handles_labels()
     axes[0, 0].get_legend().remove()
@@ -397,9 +400,9 @@ def sweep(series: Mapping[str, Any], x: str, xlabel: str = "", y: str = "J", wid
 
 def norm_bars(rows: Any, softmax: str = "over positions") -> Figure | None:
     """Fig. 3's bars: the norm on each test set before and after the module, and of a flat map; None if not measured."""
-    from lcco.tables import LABELS
+    from lcco.tables import label
 
-    own = [{**r, "test_set": LABELS.get(r["test_set"], r["test_set"])} for r in rows if r["softmax"] == softmax]
+    own = [{**r, "test_set": label(r["test_set"])} for r in rows if r["softmax"] == softmax]
     if all(r["norm"] is None for r in own):
         return None
     return bars(own, "test_set", "norm", "row", "norm of M * softmax(F)")

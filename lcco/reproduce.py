@@ -184,6 +184,13 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 # -------------------------------------------------------------------------------------------------------------- report
+FIGURES = {
+    "fig3_maps": "Figure 3: feature maps", "fig3_norms": "Figure 3: the bars", "fig4": "Figure 4: masks side by side",
+    "fig5": "Figure 5: masks as modules are added", "best_worst": "The best and the worst sets",
+    "table5_foundation": "Table 5: masks side by side",
+}  # fmt: skip
+
+
 def write_report(profile: Profile, folder: Path) -> Path:
     """Write README.md and report.html over every table and figure in a results folder; give the latter's path.
 
@@ -196,8 +203,9 @@ def write_report(profile: Profile, folder: Path) -> Path:
 
     folder = Path(folder)
     tables = written_tables(folder)
-    figures = [(f.stem, caption(f), f) for f in sorted(folder.glob("*.png"))]
-    photos = [(f.stem, caption(f)) for f in sorted((folder / PHOTOS).glob("*.png"))]
+    drawn = {t.name: f"{t.layout.title}, drawn" for t in tables} | FIGURES
+    figures = [(f.stem, drawn.get(f.stem, f.stem), caption(f), f) for f in sorted(folder.glob("*.png"))]
+    photos = [(f.stem, drawn.get(f.stem, f.stem), caption(f)) for f in sorted((folder / PHOTOS).glob("*.png"))]
     runs = {name: record for table in tables for name, record in table.runs.items()}
     log = _read_json(folder / "reproduce.json")
     machine = log.get("machine", {})
@@ -219,7 +227,7 @@ def write_report(profile: Profile, folder: Path) -> Path:
         }
         for name, r in sorted(runs.items())
     ]  # fmt: skip
-    inline = [(stem, text, base64.b64encode(_small(f)).decode()) for stem, text, f in figures]
+    inline = [(stem, title, text, base64.b64encode(_small(f)).decode()) for stem, title, text, f in figures]
     template = Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8")
     page = jinja2.Environment(autoescape=True).from_string(template).render(
         profile=profile, tables=[t.html() for t in tables], names=[(t.name, t.layout.title) for t in tables],
@@ -237,11 +245,11 @@ def write_report(profile: Profile, folder: Path) -> Path:
     for t in tables:
         files = ", ".join(f"[{k}]({t.name}.{k})" for k in ("csv", "md", "tex", "records.json"))
         lines += [re.sub("^# ", "## ", t.markdown().strip()), f"Files: {files}"]
-    for stem, text, _ in figures:
-        lines += [f"## {stem}", f"![{stem}]({stem}.png)", f"{text} [pdf]({stem}.pdf)"]
-    for stem, text in photos:
+    for stem, title, text, _ in figures:
+        lines += [f"## {title}", f"![{stem}]({stem}.png)", f"{text} [pdf]({stem}.pdf)"]
+    for stem, title, text in photos:
         kept = f"It shows photographs of third parties, so it stays where it is made: `{PHOTOS}/{stem}.png`."
-        lines += [f"## {stem}", f"{text} {kept}"]
+        lines += [f"## {title}", f"{text} {kept}"]
     lines.append("## Made on")
     lines.append(f"{where}; {versions}. Training behind these tables: {trained} ({len(runs)} runs).")
     if times:
@@ -267,7 +275,7 @@ def _small(file: Path, width: int = 1600) -> bytes:
 
 def write_index(results: Path) -> Path:
     """Write results/README.md: the paper's tables number by number, and what each profile measured, or why not."""
-    from lcco.tables import LABELS, MEASURED, QUOTED, written_tables
+    from lcco.tables import MEASURED, QUOTED, label, written_tables
 
     names = [p for p in ("paper", "lite", "embedded") if (results / p).is_dir()]
     names += sorted(p.name for p in results.iterdir() if p.is_dir() and p.name not in (*names, "smoke"))
@@ -283,18 +291,18 @@ def write_index(results: Path) -> Path:
             rows = rows[rows["protocol"] == rows["protocol"].iloc[0]] if len(rows) else rows  # the headline protocol
             for (row, test), part in rows.groupby(["row", "test_set"], sort=False):
                 cells = lines.setdefault((table.name, row), {})
-                first, label = part.iloc[0], LABELS.get(test, test)
+                first, on = part.iloc[0], label(test)
                 if first["paper_J"] == first["paper_J"]:
                     said = f"{first['paper_P']:.1f} / {first['paper_J']:.1f}"
-                    said = said if table.name != "table1_main" else f"{label} {said}"
+                    said = said if table.name != "table1_main" else f"{on} {said}"
                     if said not in cells.setdefault("", []):
                         cells[""].append(said)
                 done = part[part["status"] == MEASURED]
                 if len(done):
                     sd = f" ± {done['J'].std(ddof=1):.1f}" if len(done) > 1 else ""
-                    cells.setdefault(profile, []).append(f"{label} {done['P'].mean():.1f} / {done['J'].mean():.1f}{sd}")
+                    cells.setdefault(profile, []).append(f"{on} {done['P'].mean():.1f} / {done['J'].mean():.1f}{sd}")
                 else:
-                    cells.setdefault(profile, []).append(f"{label} {first['status']}")
+                    cells.setdefault(profile, []).append(f"{on} {first['status']}")
     out = ["# Results", "The paper's tables, number by number: what it prints, and what was measured here, at which "
            "scale. P / J in per cent under the table's first protocol, mean ± standard deviation of J over seeds. The "
            "profiles differ in data, backbone and image–text tower, so only `paper` is comparable with the paper's "
@@ -339,7 +347,7 @@ def readme_table(results: Path, profile: str) -> str:
     """
     import pandas as pd
 
-    from lcco.tables import LABELS, MEASURED
+    from lcco.tables import MEASURED, label
 
     file = results / profile / "table1_main.csv"
     if not file.is_file():
@@ -347,7 +355,7 @@ def readme_table(results: Path, profile: str) -> str:
     rows = pd.read_csv(file)
     ours = rows[rows["row"].isin(["LCCo", "Baseline"]) & (rows["protocol"] == "ufo")]
     tests = list(dict.fromkeys(ours["test_set"]))
-    head = ["P / J, %", *(LABELS.get(t, t) for t in tests)]
+    head = ["P / J, %", *(label(t) for t in tests)]
     lines = {name: [name] for name in ("LCCo", "Baseline")}
     paper = ["the paper's LCCo"]
     for test in tests:
@@ -364,7 +372,7 @@ def readme_table(results: Path, profile: str) -> str:
         frame = pd.read_csv(choice)
         frame = frame[frame["status"] == MEASURED]
         for test in dict.fromkeys(frame["test_set"]):
-            head.append(f"group choice, J ({LABELS.get(test, test)})")
+            head.append(f"group choice, J: {label(test)}")
             for name, line in lines.items():
                 line.append(f"{frame[(frame['row'] == name) & (frame['test_set'] == test)]['J'].mean():.1f}")
             paper.append("–")

@@ -369,11 +369,13 @@ def _timed(experiment: Experiment, data: CoSegData, inputs: Inputs, steps: int) 
     }  # fmt: skip
 
 
-def release(run: Run, out: Path, tests: Sequence[str], baseline: Run | None = None) -> Path:
+def release(
+    run: Run, out: Path, tests: Sequence[str], baseline: Run | None = None, choice: Sequence[str] = ()
+) -> Path:  # fmt: skip
     """Write a run's model in half precision to `out`, and beside it a card (.md) of what it is and what it scored.
 
-    tests: the sets whose scores the card holds, all computed here from the file that is released. baseline: the run
-    whose scores stand beside them. Returns the card's path.
+    tests: the sets whose scores the card holds, all computed here from the file that is released. choice: those of the
+    group-choice test. baseline: the run whose scores stand beside them. Returns the card's path.
     Raises: LCCoError for a test set with pictures of the training set.
     """
     about = read_about(run.weights)
@@ -381,12 +383,15 @@ def release(run: Run, out: Path, tests: Sequence[str], baseline: Run | None = No
     save_tensors(out, state, about)
     inputs, e, r = shared_inputs(run.experiment), run.experiment, run.record
     predictor, rows = load_model(out, inputs=inputs), []
-    for test in tests:
+    for test in dict.fromkeys((*tests, *choice)):
         data = load_data(test, run.data_root)
         refuse_overlap(load_data("+".join(e.data.train), run.data_root), data)
         inputs.prepare(data)
-        ours = evaluate_all(predictor, data, ["ufo", "native"], what="released model on")
-        theirs = baseline.evaluate(data, ["ufo", "native"]) if baseline else {}
+        protocols = ["ufo", "native"] * (test in tests)
+        ours = evaluate_all(predictor, data, protocols, what="released model on") if protocols else {}
+        if test in choice:
+            ours["choice"] = evaluate_choice(predictor, data, what="released model on")["choice"]
+        theirs = baseline.evaluate(data, list(ours)) if baseline else {}
         for protocol, found in ours.items():
             cells = [f"{100 * found.summary[m]:.1f}" for m in "PJ"]
             cells += [f"{100 * theirs[protocol].summary[m]:.1f}" if theirs else "–" for m in "PJ"]
@@ -396,7 +401,7 @@ def release(run: Run, out: Path, tests: Sequence[str], baseline: Run | None = No
     template = Path(__file__).with_name("card.md.jinja").read_text(encoding="utf-8")
     card = jinja2.Environment(undefined=jinja2.StrictUndefined).from_string(template).render(
         file=out.name, sha256=file_digest(out, 64), run=run.path.name, e=e, about=about, record=r, rows=rows,
-        seconds=duration(r["seconds"]),
+        seconds=duration(r["seconds"]) if "seconds" in r else "",
     )  # fmt: skip
     write_text(out.with_suffix(".md"), card + "\n")
     return out.with_suffix(".md")

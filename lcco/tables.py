@@ -360,10 +360,11 @@ class Table:
             what = [f"{k.replace('_', ' ')} {_listed(done[k])}" for k in ("profile", "backbone", "tower", "vocabulary")]
             out.append(", ".join(what) + f"; trained on {_listed(done['train_set'])}.")
             counts = done.groupby("test_set", sort=False)["images"].max()
-            out.append("Images scored: " + ", ".join(f"{LABELS.get(k, k)} {n:,.0f}" for k, n in counts.items()) + ".")
+            out.append("Images scored: " + ", ".join(f"{label(k)} {n:,.0f}" for k, n in counts.items()) + ".")
         if self.rows[["paper_P", "paper_J"]].notna().any(axis=None):
             delta = "; in brackets the difference to it" if set(self.rows["profile"]) == {"paper"} else ""
-            out.append(f"“paper”: the number printed in the paper, at its own data and backbone{delta}.")
+            on = "" if self.name == "table1_main" else ", on iCoseg"
+            out.append(f"“paper”: the number printed in the paper{on}, at its own data and backbone{delta}.")
         for name, record in self.runs.items():
             if record.get("note"):
                 out.append(f"Run {name}, seed {record['experiment']['seed']}: {record['note']}.")
@@ -373,20 +374,20 @@ class Table:
     def metric_heads(self, block: Block) -> list[str]:
         """A heading for each column; “paper” is said where not every column is the paper's."""
         plain = all(m.startswith("paper_") for _, m in block.columns)
-        return [m.removeprefix("paper_") if plain else _label(m) for _, m in block.columns]
+        return [m.removeprefix("paper_") if plain else label(m) for _, m in block.columns]
 
     def heads(self, block: Block) -> list[str]:
         """One line of column headings: the test set is left out where it is the only one."""
         metrics, single = self.metric_heads(block), len({g for g, _ in block.columns}) == 1
-        heads = [m if single else f"{_label(g)} {m}" for (g, _), m in zip(block.columns, metrics, strict=True)]
-        return [*(_label(s) for s in self.layout.stub), *heads]
+        heads = [m if single else f"{label(g)} {m}" for (g, _), m in zip(block.columns, metrics, strict=True)]
+        return [*(label(s) for s in self.layout.stub), *heads]
 
     def block_title(self, block: Block) -> str:
         """What a part is called."""
         what = {"as printed": "As printed in the paper"}.get(block.title, "")
-        what = what or f"{_label(self.layout.block)} {_label(block.title)}"
+        what = what or f"{label(self.layout.block)} {label(block.title)}"
         what, groups = what[0].upper() + what[1:], {g for g, _ in block.columns}
-        return what if len(groups) != 1 else f"{what}, {_label(groups.pop())}"
+        return what if len(groups) != 1 else f"{what}, {label(groups.pop())}"
 
     def markdown(self) -> str:
         """The table as GitHub markdown."""
@@ -398,7 +399,7 @@ class Table:
                 [*line, *(c.show(self.layout.decimals, "**{}**", " <sup>{}</sup>") for c in cells)]
                 for line, cells in block.lines
             ]
-            body = [[_label(text).replace("|", "\\|") for text in line] for line in body]
+            body = [[label(text).replace("|", "\\|") for text in line] for line in body]
             align = ["left"] * len(self.layout.stub) + ["right"] * len(block.columns)
             table = tabulate(body, self.heads(block), "pipe", disable_numparse=True, colalign=align)
             out += [f"**{self.block_title(block)}**", table]
@@ -411,15 +412,15 @@ class Table:
         out.append(f"<h3>{e(self.layout.title)}</h3>")
         for block in self.blocks:
             out.append(f'<div class="scroll"><table><caption>{e(self.block_title(block))}</caption><thead><tr>')
-            out += [f'<th rowspan="2">{e(_label(s))}</th>' for s in self.layout.stub]
+            out += [f'<th rowspan="2">{e(label(s))}</th>' for s in self.layout.stub]
             for group in dict.fromkeys(g for g, _ in block.columns):
                 span = sum(g == group for g, _ in block.columns)
-                out.append(f'<th colspan="{span}" class="group">{e(_label(group))}</th>')
+                out.append(f'<th colspan="{span}" class="group">{e(label(group))}</th>')
             out += ["</tr><tr>", *(f"<th>{e(m)}</th>" for m in self.metric_heads(block)), "</tr></thead><tbody>"]
             for line, cells in block.lines:
                 shown = [c.show(self.layout.decimals, "<b>{}</b>", "<sup>{}</sup>") for c in cells]
                 kinds = ['class="paper"' if m.startswith("paper_") else "" for _, m in block.columns]
-                out.append("<tr>" + "".join(f"<th>{e(_label(s))}</th>" for s in line))
+                out.append("<tr>" + "".join(f"<th>{e(label(s))}</th>" for s in line))
                 out.append("".join(f"<td {k}>{s}</td>" for k, s in zip(kinds, shown, strict=True)) + "</tr>")
             out.append("</tbody></table></div>")
         notes = [f"<sup>{n}</sup> {e(text)}" for n, text in enumerate(self.footnotes, 1)] + [e(n) for n in self.notes()]
@@ -436,18 +437,18 @@ class Table:
             n = len(self.layout.stub)
             out.append(r"\subsection*{" + _tex(self.block_title(block)) + "}")
             out.append(r"\fit{\begin{tabular}{" + "l" * n + "".join("r" * s for s in spans) + r"}\toprule")
-            over = [rf"\multicolumn{{{s}}}{{c}}{{{_tex(_label(g))}}}" for g, s in zip(groups, spans, strict=True)]
+            over = [rf"\multicolumn{{{s}}}{{c}}{{{_tex(label(g))}}}" for g, s in zip(groups, spans, strict=True)]
             out.append(" & ".join([*[""] * n, *over]) + r" \\")
             start, rules = n + 1, []
             for span in spans:
                 rules.append(rf"\cmidrule(lr){{{start}-{start + span - 1}}}")
                 start += span
-            heads = [*(_label(s) for s in self.layout.stub), *self.metric_heads(block)]
+            heads = [*(label(s) for s in self.layout.stub), *self.metric_heads(block)]
             out += ["".join(rules), " & ".join(_tex(h) for h in heads) + r" \\ \midrule"]
             for line, cells in block.lines:
                 marks = (r"\textbf{{{}}}", r"\textsuperscript{{{}}}", r" $\pm$ ")
                 shown = [c.show(self.layout.decimals, *marks).replace("–", "--") for c in cells]
-                out.append(" & ".join([*(_tex(_label(s)) for s in line), *shown]) + r" \\")
+                out.append(" & ".join([*(_tex(label(s)) for s in line), *shown]) + r" \\")
             out.append(r"\bottomrule\end{tabular}}")
         notes = [rf"\textsuperscript{{{n}}} {_tex(text)}" for n, text in enumerate(self.footnotes, 1)]
         out += [rf"\par\smallskip {note}" for note in [*notes, *map(_tex, self.notes())]]
@@ -487,9 +488,17 @@ def read_table(csv: Path) -> Table:
     return Table(csv.stem, rows, Layout(**values), stored["runs"])
 
 
+# What a reader looks for first; the rest follows by name.
+ORDER = (
+    "table1_main", "choice", "per_class", "words", "mixed_sets", "table2_components", "table3_losses", "table4_k",
+    "table4_k_test_time", "more_images", "table5_foundation", "fig3_norms", "cost", "interpretations",
+)  # fmt: skip
+
+
 def written_tables(folder: Path) -> list[Table]:
-    """Every table that was written into a folder, by name."""
-    found = sorted(Path(folder).glob("*.records.json"))
+    """Every table that was written into a folder, Table 1 first."""
+    names = {f.name.replace(".records.json", ""): f for f in Path(folder).glob("*.records.json")}
+    found = [names[n] for n in sorted(names, key=lambda n: (ORDER.index(n) if n in ORDER else len(ORDER), n))]
     return [read_table(f.parent / f.name.replace(".records.json", ".csv")) for f in found]
 
 
@@ -505,10 +514,10 @@ def _mark_best(column: list[Cell], decimals: int, best: Callable[[list[float]], 
             c.best = c.mean is not None and round(c.mean, decimals) == best(shown)
 
 
-def _label(name: Any) -> str:
-    """A name as people read it; `glyphworld_test:5`, a set's first pictures, is `GlyphWorld:5`."""
+def label(name: Any) -> str:
+    """A name as people read it; `glyphworld_test:5`, a set's first pictures, is `GlyphWorld (5 pictures)`."""
     base, colon, n = str(name).partition(":")
-    return LABELS.get(base, base) + colon + n
+    return LABELS.get(base, base) + (f" ({n} pictures)" if colon and n.isdigit() else colon + n)
 
 
 def _listed(values: Any) -> str:

@@ -257,10 +257,8 @@ def test_words_are_right_as_often_as_an_oracle_makes_them(tmp_path: Path):
         return SimpleNamespace(distilled=torch.tensor([distilled]), best=torch.tensor([best]))
 
     inputs = SimpleNamespace(words=["cow", "car", "dog"], prepare=lambda data: None)
-    weights = tmp_path / "w"
-    weights.write_bytes(b"w")
     run = SimpleNamespace(
-        path=tmp_path, weights=weights, predictor=lambda: SimpleNamespace(inputs=inputs, output=output)
+        path=tmp_path, sha="w", predictor=lambda: SimpleNamespace(inputs=inputs, output=output)
     )  # fmt: skip
     got = experiments.word_accuracy(run, test, group_size=2)
     assert got["classes"]["car"] == {"sets": 3, "top_1": 3, "top_k": 3, "i_star": 3}
