@@ -277,7 +277,7 @@ def write_index(results: Path) -> Path:
     """Write results/README.md: the paper's tables number by number, and what each profile measured, or why not."""
     from lcco.tables import MEASURED, QUOTED, label, written_tables
 
-    names = [p for p in ("paper", "lite", "embedded") if (results / p).is_dir()]
+    names = [p for p in ("paper", "lite", "finetuned", "shipped", "embedded") if (results / p).is_dir()]
     names += sorted(p.name for p in results.iterdir() if p.is_dir() and p.name not in (*names, "smoke"))
     profiles = {p: load_profile(p).about.strip() for p in names if any((results / p).glob("*.records.json"))}
     titles: dict[str, str] = {}
@@ -336,6 +336,7 @@ SENTENCE = {
     "lite": "**Real photographs** (`lite`). Trained on {train}, a part of PASCAL VOC 2012, with a frozen "
     "EfficientNet-Lite2 and ConSE in the place of the paper's ResNet-50 and CLIP: its row is context, no rival.",
     "finetuned": "**The same on a GPU** (`finetuned`): 384 px, and the backbone's last two stages are trained too.",
+    "shipped": "**What ships** (`shipped`): as `finetuned`, trained on 60% of PASCAL's pictures too; the rest test.",
     "embedded": "**GlyphWorld** (`embedded`, what `make reproduce` makes). Test classes are unseen in training.",
 }
 
@@ -382,6 +383,9 @@ def readme_table(results: Path, profile: str) -> str:
     table = [head, ["---"] * len(head), *body]
     more = f"Protocol `ufo`, sets of {int(ours['group_size'].iloc[0])}, {seeds} seed{'s' if seeds > 1 else ''}. "
     more += f"All rows: [results/{profile}](results/{profile}/README.md)."
+    for record in _read_json(file.with_name("table1_main.records.json")).get("runs", {}).values():
+        if record.get("note"):
+            more += f" Of LCCo's training: {record['note']}."
     return "\n\n".join([text, "\n".join("| " + " | ".join(line) + " |" for line in table), more])
 
 

@@ -132,7 +132,9 @@ class Run:
         return known if known and not self.weights.is_file() else file_digest(self.weights)
 
     def predictor(self, *, gt: bool = False, k: int | None = None, flip: bool = False) -> Predictor:
-        """The model ready to segment; see `Predictor` for the settings."""
+        """The model ready to segment; see `Predictor` for the settings. Raises: LCCoError without its weights."""
+        if not self.weights.is_file():
+            raise LCCoError(f"{self.path.name}: the run came without its weights; train it again to use its model")
         if self._inputs is None:
             self._inputs = shared_inputs(self.experiment)
         predictor = load_model(self.weights, inputs=self._inputs)
@@ -379,8 +381,9 @@ def release(
     Raises: LCCoError for a test set with pictures of the training set.
     """
     about = read_about(run.weights)
-    state = {k: v.half() if v.is_floating_point() else v for k, v in read_tensors(run.weights).items()}
-    save_tensors(out, state, about)
+    # What belongs to a channel (normalisation's variances above all) may be too large for half precision, and is small.
+    half = {k: v.half() if v.is_floating_point() and v.ndim > 1 else v for k, v in read_tensors(run.weights).items()}
+    save_tensors(out, half, about)
     inputs, e, r = shared_inputs(run.experiment), run.experiment, run.record
     predictor, rows = load_model(out, inputs=inputs), []
     for test in dict.fromkeys((*tests, *choice)):

@@ -34,7 +34,7 @@ MEASURED, QUOTED = "measured", "not run: quoted from the paper"
 LABELS = {
     "msrc7": "MSRC7", "msrc14": "MSRC (14)", "internet300": "Internet", "icoseg8": "iCoseg", "pascal1037": "PASCAL",
     "glyphworld_test": "GlyphWorld", "glyphworld_choice": "GlyphWorld choice", "voc_train": "VOC train",
-    "voc_val": "VOC val", "coco_seg": "COCO",
+    "voc_val": "VOC val", "coco_seg": "COCO", "pascal_fold_train": "PASCAL (60%)", "pascal_fold_test": "PASCAL (40%)",
     "paper_P": "paper P", "paper_J": "paper J", "row": "", "test_set": "test set", "train_set": "trained on",
     "group_size": "set size", "change_P": "P change", "change_J": "J change",
     "J_Baseline": "Baseline J", "J_LCCo": "LCCo J", "scored": "", "top_1": "top-1",
