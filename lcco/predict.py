@@ -390,7 +390,9 @@ def _segment(
     good = [r for r in found if not r.error]
     if not good:
         return found
-    data, items = _Loose(pictures, [r.name for r in good]), range(len(good))
+    data, items = _Loose(pictures, [r.name for r in good]), list(range(len(good)))
+    if len(items) == 1:  # trained on sets, the network does not know what to do without a neighbour: its twin
+        items *= 2
     predictor.inputs.embed_once(data)
     out = predictor.output(data, items, query.word)
     words = predictor.words(out)
@@ -400,7 +402,7 @@ def _segment(
         total = sum(scores[word] for word in asked) or 1.0
         words = sorted(((word, scores[word] / total) for word in asked), key=lambda pair: -pair[1])[:5]
         out = predictor.output(data, items, words[0][0])
-    for result, logits in zip(good, out.logits[0], strict=True):
+    for result, logits in zip(good, out.logits[0][: len(good)], strict=True):
         result.probability, result.words = logits.sigmoid().cpu().numpy(), words
     return found
 

@@ -208,6 +208,8 @@ def test_same_probabilities_as_a_data_set_of_the_same_pictures(model, photos):
 def test_one_picture_alone_and_given_without_a_list(model, photos):
     (a,), (b,) = cosegment([photos / "p1.jpg"], weights=model), cosegment(photos / "p1.jpg", weights=model)
     assert a.error is None and np.array_equal(a.probability, b.probability)
+    twins = cosegment([photos / "p1.jpg"] * 2, weights=model)  # alone it stands beside its twin
+    np.testing.assert_allclose(a.probability, twins[0].probability, atol=1e-6)
     (c,) = cosegment(np.asarray(RGB), weights=model)
     assert c.mask.shape == (32, 48)
 
