@@ -6,6 +6,7 @@ full model, the Baseline) has one folder in the run store and is trained once.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import statistics
@@ -117,6 +118,37 @@ def reading_variants(experiment: Experiment, vocabularies: Sequence[str] | None 
 
 
 # ------------------------------------------------------------------------------------------------- rows of ablations
+def ahead(
+    profile: Profile, notebooks: Iterable[str], set_sizes: Sequence[int] = (), k_values: Sequence[int] = ()
+) -> None:  # fmt: skip
+    """Train and score in one go what notebooks (by number, such as `02`) will ask for, so that no core waits.
+
+    The notebooks would do the same, each for itself; here nothing else is in memory meanwhile.
+    """
+    from lcco.data import load_data
+    from lcco.runs import train_ahead
+
+    asked, there = set(notebooks), {}
+    for test in (*profile.tests, *profile.ablation_test, *profile.choice_test):
+        with contextlib.suppress(LCCoError):  # what is absent the notebooks will say
+            there[test] = load_data(test)
+    size, protocols, e = profile.group_size, profile.protocols, profile.experiment
+    choice = [(t, ("choice",), size) for t in profile.choice_test if t in there]
+    main = [(t, protocols, size) for t in profile.tests if t in there] + choice
+    more = [(t, protocols[:1], n) for t in profile.ablation_test if t in there for n in set_sizes if "05" in asked]
+    ablation = [(t, protocols, size) for t in profile.ablation_test if t in there] + choice
+    jobs = [(e.replace(dict(v.changes), seed=s), main + more) for v in main_variants(profile) for s in profile.seeds]
+    variants = {"02": component_variants(profile), "03": loss_variants(), "09": reading_variants(e)}
+    variants["04"] = k_variants(k_values) if k_values else []
+    jobs += [
+        (e.replace(dict(v.changes), seed=s), ablation)
+        for number in sorted(asked & set(variants)) for v in variants[number] for s in profile.ablation_seeds
+    ]  # fmt: skip
+    if asked & {"00", "01", "05", *variants} and main:
+        with contextlib.suppress(LCCoError):
+            train_ahead(jobs)
+
+
 def choice(run: Run, test: str, group_size: int = 5, *, k: int | None = None) -> Evaluation:
     """The group-choice test (`evaluate.evaluate_choice`, protocol `choice`) of a run, computed once and kept.
 

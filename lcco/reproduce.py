@@ -111,6 +111,8 @@ def reproduce(
     Raises: LCCoError before anything runs for an unknown profile, notebook or parameter; later naming the notebook,
         the cell and the error.
     """
+    from lcco.experiments import ahead
+
     chosen, folder = begin(profile, data_root=data_root, results=results)
     if os.environ.get("LCCO_DATA"):  # the notebooks' working directory is another
         os.environ["LCCO_DATA"] = str(Path(os.environ["LCCO_DATA"]).expanduser().resolve())
@@ -119,6 +121,12 @@ def reproduce(
     values = check_parameters(paths, given)
     log = folder / "reproduce.json"
     times = _read_json(log).get("seconds", {})
+    if len(paths) > 1 and not parameters:
+        began, known = time.monotonic(), {k: v for p in paths for k, v in parameters_of(p).items()}
+        given_by = {k: known[k][0] for k in ("set_sizes", "k_values") if k in known}
+        print(f"== trainings and scores that {len(paths)} notebooks share", file=sys.stderr, flush=True)
+        ahead(chosen, [p.stem[:2] for p in paths], **given_by)
+        times["trainings"] = max(round(time.monotonic() - began), times.get("trainings", 0))
     for n, path in enumerate(paths, 1):
         before = f"; took {duration(times[path.stem])} the first time" if path.stem in times else ""
         print(f"== {path.stem} ({n} of {len(paths)}{before})", file=sys.stderr, flush=True)

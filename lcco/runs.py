@@ -91,14 +91,18 @@ def run_path(experiment: Experiment) -> Path:
     return place("runs") / f"{experiment.name}-{experiment.hash}"
 
 
-def shared_inputs(experiment: Experiment, device: str | None = None) -> Inputs:
-    """The frozen parts for an experiment, loaded once a process for all experiments that agree on them."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+def _inputs_key(experiment: Experiment, device: str = "cpu") -> str:
     e = asdict(experiment)
     stage = min(experiment.model.frozen_stages, 1 if experiment.model.placement == "encoder" else 4)
     same = [e["tower"], e["model"]["backbone"], e["model"]["weights"], e["model"]["frozen_stages"], stage]
     same += [e["data"]["size"], e["loss"]["mask_background"], device, e["model"]["weights"] or experiment.seed]
-    key = digest(same)
+    return digest(same)
+
+
+def shared_inputs(experiment: Experiment, device: str | None = None) -> Inputs:
+    """The frozen parts for an experiment, loaded once a process for all experiments that agree on them."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    key = _inputs_key(experiment, device)
     if experiment.model.frozen_stages < 4:  # the live stages belong to one model
         return Inputs(experiment, device=device)
     if key not in _SHARED:
@@ -258,26 +262,41 @@ Score = tuple[str, tuple[str, ...], int]  # a test set, protocols, group size: w
 
 
 def train_ahead(
-    experiments: Sequence[Experiment], scores: Sequence[Score] = (), *, data_root: Path | None = None
-) -> None:
+    jobs: Sequence[tuple[Experiment, Sequence[Score]]], *, data_root: Path | None = None
+) -> None:  # fmt: skip
     """Train, and score, those of the experiments that were not before, one a core at a time.
 
+    jobs: experiments, each with the scores that will be asked of it; one that comes twice is done once.
     Trainings on cached features use one thread each, so on a CPU several side by side finish sooner; with a GPU, a
     live backbone, or one core, nothing happens here and `get_run` trains each when it is asked for.
     """
-    waiting = {e.hash: e for e in experiments if e.model.frozen_stages == 4 and not _finished(e, scores, data_root)}
-    workers = side_by_side(list(waiting.values()))
+    wanted: dict[str, tuple[Experiment, list[Score]]] = {}
+    for e, scores in jobs:
+        known = wanted.setdefault(e.hash, (e, []))[1]
+        known += [score for score in scores if score not in known]
+    waiting = [
+        job for job in wanted.values() if job[0].model.frozen_stages == 4 and not _finished(*job, data_root)
+    ]  # fmt: skip
+    workers = side_by_side([e for e, _ in waiting])
     if workers < 2:
         return
-    tests = {test: load_data(test, data_root) for test, _, _ in scores}
-    for e in waiting.values():  # fill the caches once, with all cores
-        prepare(e, shared_inputs(e), data_root)
-        for data in tests.values():
-            shared_inputs(e).prepare(data)
+    # The longest first, so that no worker is left alone with it; then by what they share.
+    waiting.sort(key=lambda job: (job[0].model.placement != "encoder", _inputs_key(job[0])))
+    ready: set[tuple[str, str]] = set()
+    for e, scores in waiting:  # fill the caches once, with all cores
+        key = _inputs_key(e)
+        if (key, "") not in ready:
+            prepare(e, shared_inputs(e), data_root)
+            ready.add((key, ""))
+        for test, _, _ in scores:
+            if (key, test) not in ready:
+                shared_inputs(e).prepare(load_data(test, data_root))
+                ready.add((key, test))
+        _SHARED.clear()
     print(f"training and scoring {len(waiting)} models, {workers} at a time", file=sys.stderr, flush=True)
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        jobs = [pool.submit(_train_alone, e, scores, data_root) for e in waiting.values()]
-        for job in progress(jobs, "models done"):
+        started = [pool.submit(_train_alone, *job, data_root) for job in waiting]
+        for job in progress(started, "models done"):
             job.result()
 
 
@@ -294,6 +313,8 @@ def _finished(experiment: Experiment, scores: Sequence[Score], data_root: Path |
 
 def _train_alone(experiment: Experiment, scores: Sequence[Score], data_root: Path | None) -> None:
     with contextlib.redirect_stderr(io.StringIO()):  # the parent tells how far all are
+        for key in [k for k in _SHARED if k != _inputs_key(experiment)]:
+            del _SHARED[key]  # one set of frozen parts and memos a worker is enough
         run = get_run(experiment, data_root=data_root)
         for test, protocols, group_size in scores:
             run.evaluate(test, protocols, group_size)

@@ -162,7 +162,7 @@ def collect(
     ]  # fmt: skip
     with contextlib.suppress(LCCoError):  # what is absent shows below, row by row
         if scores:
-            train_ahead(wanted, scores)
+            train_ahead([(e, scores) for e in wanted])
     for variant in variants:
         for seed in seeds if seeds is not None else profile.seeds:
             experiment, run = profile.experiment.replace(dict(variant.changes), seed=seed), None

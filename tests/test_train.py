@@ -193,7 +193,8 @@ def test_runs_are_trained_and_scored_ahead_side_by_side(base, tmp_path, monkeypa
     both = [base, base.replace(seed=1), base.replace({"model.placement": "encoder"})]
     assert runs.side_by_side(both) == min(3, runs.os.cpu_count())
     monkeypatch.setattr(runs.os, "cpu_count", lambda: 2)
-    runs.train_ahead(both, [(str(other), ("ufo",), 3)])
+    jobs = [(e, [(str(other), ("ufo",), 3)]) for e in both]
+    runs.train_ahead(jobs)
     monkeypatch.setattr(runs, "train", None)  # nothing is left to train or to score
     monkeypatch.setattr(runs, "evaluate_all", None)
     for e in both:
@@ -201,7 +202,7 @@ def test_runs_are_trained_and_scored_ahead_side_by_side(base, tmp_path, monkeypa
         assert run.scored(str(other), ["ufo"], 3) and not run.scored(str(other), ["ufo"], 2)
         assert run.evaluate(str(other), "ufo", 3)["ufo"].summary["images"] == 6
     monkeypatch.setattr(runs, "ProcessPoolExecutor", None)
-    runs.train_ahead(both, [(str(other), ("ufo",), 3)])  # all there: no process is started
+    runs.train_ahead(jobs)  # all there: no process is started
 
 
 def test_an_interrupted_training_can_be_taken_as_it_stands(base, tmp_path):
