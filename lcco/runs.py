@@ -13,8 +13,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -282,8 +282,19 @@ def train_ahead(
         return
     # The longest first, so that no worker is left alone with it; then by what they share.
     waiting.sort(key=lambda job: (job[0].model.placement != "encoder", _inputs_key(job[0])))
+    spawn = multiprocessing.get_context("spawn")
+    with spawn.Pool(1) as pool:  # with all cores, in a process whose memory goes with it
+        pool.apply(_fill_caches, (waiting, data_root))
+    print(f"training and scoring {len(waiting)} models, {workers} at a time", file=sys.stderr, flush=True)
+    with spawn.Pool(workers, maxtasksperchild=6) as pool:  # memory that a process has held it seldom gives back
+        work = pool.imap_unordered(partial(_train_alone, data_root=data_root), waiting)
+        for _ in progress(work, "models done", len(waiting)):
+            pass
+
+
+def _fill_caches(jobs: Sequence[tuple[Experiment, Sequence[Score]]], data_root: Path | None) -> None:
     ready: set[tuple[str, str]] = set()
-    for e, scores in waiting:  # fill the caches once, with all cores
+    for e, scores in jobs:
         key = _inputs_key(e)
         if (key, "") not in ready:
             prepare(e, shared_inputs(e), data_root)
@@ -292,12 +303,6 @@ def train_ahead(
             if (key, test) not in ready:
                 shared_inputs(e).prepare(load_data(test, data_root))
                 ready.add((key, test))
-        _SHARED.clear()
-    print(f"training and scoring {len(waiting)} models, {workers} at a time", file=sys.stderr, flush=True)
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        started = [pool.submit(_train_alone, *job, data_root) for job in waiting]
-        for job in progress(started, "models done"):
-            job.result()
 
 
 def side_by_side(experiments: Sequence[Experiment]) -> int:
@@ -311,7 +316,8 @@ def _finished(experiment: Experiment, scores: Sequence[Score], data_root: Path |
     return record.is_file() and all(_run(record.parent, record, data_root).scored(*score) for score in scores)
 
 
-def _train_alone(experiment: Experiment, scores: Sequence[Score], data_root: Path | None) -> None:
+def _train_alone(job: tuple[Experiment, Sequence[Score]], data_root: Path | None) -> None:
+    experiment, scores = job
     with contextlib.redirect_stderr(io.StringIO()):  # the parent tells how far all are
         for key in [k for k in _SHARED if k != _inputs_key(experiment)]:
             del _SHARED[key]  # one set of frozen parts and memos a worker is enough

@@ -196,6 +196,24 @@ def test_costs_of_the_parts_add_up(tiny: Profile, monkeypatch):
     assert len(figures.cost_figure(rows).axes) == 1
 
 
+def test_ahead_asks_for_what_the_notebooks_will(tiny: Profile, monkeypatch):
+    import lcco.runs
+
+    jobs: list = []
+    monkeypatch.setattr(lcco.runs, "train_ahead", jobs.extend)
+    experiments.ahead(tiny, ["08"])
+    assert not jobs
+    experiments.ahead(tiny, ["02", "05"], [1, 2])
+    wanted = [(v, s) for v in main_variants(tiny) for s in tiny.seeds]
+    wanted += [(v, s) for v in experiments.component_variants(tiny) for s in tiny.ablation_seeds]
+    assert {e.hash for e, _ in jobs} == {tiny.experiment.replace(dict(v.changes), seed=s).hash for v, s in wanted}
+    first, last = jobs[0][1], jobs[-1][1]
+    for test in tiny.ablation_test:
+        assert (test, tiny.protocols[:1], 2) in first and (test, tiny.protocols[:1], 2) not in last
+        assert (test, tiny.protocols, tiny.group_size) in last
+    assert all((test, ("choice",), tiny.group_size) in first for test in tiny.choice_test)
+
+
 # --------------------------------------------------------------------------------------- from trainings to the tables
 def test_ablations_share_trainings_and_keep_their_scores(tiny: Profile, tmp_path: Path, monkeypatch):
     import lcco.runs
