@@ -58,9 +58,9 @@ def test_profiles_load_and_mistakes_in_them_name_the_file(tmp_path):
         assert said in str(error.value)
 
 
-def test_the_shipped_profile_is_lite_with_more_training_data():
-    lite, shipped = load_profile("lite").experiment, load_profile("shipped").experiment
-    assert shipped.replace({"data.train": lite.data.train}).hash == lite.hash
+def test_the_shipped_profile_is_finetuned_with_more_training_data():
+    less, shipped = load_profile("finetuned").experiment, load_profile("shipped").experiment
+    assert shipped.replace({"data.train": less.data.train}).hash == less.hash
 
 
 def test_durations_and_places(monkeypatch, tmp_path, capsys):
