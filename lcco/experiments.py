@@ -137,14 +137,17 @@ def ahead(
     main = [(t, protocols, size) for t in profile.tests if t in there] + choice
     more = [(t, protocols[:1], n) for t in profile.ablation_test if t in there for n in set_sizes if "05" in asked]
     ablation = [(t, protocols, size) for t in profile.ablation_test if t in there] + choice
-    jobs = [(e.replace(dict(v.changes), seed=s), main + more) for v in main_variants(profile) for s in profile.seeds]
+    jobs = [
+        (e.replace(dict(v.changes), seed=s), main + more)
+        for v in main_variants(profile) for s in profile.seeds if asked & {"01", "05"}
+    ]  # fmt: skip
     variants = {"02": component_variants(profile), "03": loss_variants(), "09": reading_variants(e)}
     variants["04"] = k_variants(k_values) if k_values else []
     jobs += [
         (e.replace(dict(v.changes), seed=s), ablation)
         for number in sorted(asked & set(variants)) for v in variants[number] for s in profile.ablation_seeds
     ]  # fmt: skip
-    if asked & {"00", "01", "05", *variants} and main:
+    if there:
         with contextlib.suppress(LCCoError):
             train_ahead(jobs)
 

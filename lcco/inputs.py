@@ -74,6 +74,8 @@ class Inputs:
         self._masked: dict[tuple[str, int, tuple[str, ...]], Tensor] = {}
         self._truths: dict[str, np.ndarray] = {}
         self._pairs: dict[str, dict[tuple[int, tuple[str, ...]], int]] = {}
+        # One object a set, however often it is loaded: a memo keyed by objects would hold every one of them.
+        self._sets: dict[str, CoSegData] = {}
         self._truth = lru_cache(maxsize=max(64, MEMO_BYTES // self.size**2))(self._read_truth)
         self._square = lru_cache(maxsize=max(64, MEMO_BYTES // (3 * self.size**2)))(self._read_square)
 
@@ -82,8 +84,16 @@ class Inputs:
         """Hash of the words and their order, which the weights are tied to."""
         return vocabulary_hash(self.words)
 
-    def _read_truth(self, data: CoSegData, i: int, classes: tuple[str, ...]) -> np.ndarray:
-        stored = self._truths.get(data.digest())
+    def truth(self, data: CoSegData, i: int, classes: tuple[str, ...]) -> np.ndarray:
+        """uint8 [S, S] of {0, 1, 255 = void}: the truth of item i as a square, remembered."""
+        return self._truth(self._known(data), i, classes)
+
+    def _known(self, data: CoSegData) -> str:
+        self._sets.setdefault(data.digest(), data)
+        return data.digest()
+
+    def _read_truth(self, key: str, i: int, classes: tuple[str, ...]) -> np.ndarray:
+        data, stored = self._sets[key], self._truths.get(key)
         row = self._rows(data).get((i, classes)) if stored is not None else None
         return mask_square(data, i, classes, self.size) if row is None else stored[row]
 
@@ -95,8 +105,8 @@ class Inputs:
             self._pairs[data.digest()] = {pair: n for n, pair in enumerate(pairs)}
         return self._pairs[data.digest()]
 
-    def _read_square(self, data: CoSegData, i: int) -> np.ndarray:
-        return load_square(data, i, self.size)
+    def _read_square(self, key: str, i: int) -> np.ndarray:
+        return load_square(self._sets[key], i, self.size)
 
     # -------------------------------------------------------------------------------------------- frozen outputs
     def prepare(self, data: CoSegData, *, flip: bool = False, truth: bool = False) -> None:
@@ -219,7 +229,7 @@ class Inputs:
         for n, i in enumerate(items):
             crop, flip = crops[n] if crops else None, bool(flips and flips[n])
             memo = keep and not crop
-            square = self._square(data, i) if memo else load_square(data, i, self.size, crop)
+            square = self._square(self._known(data), i) if memo else load_square(data, i, self.size, crop)
             squares.append(square[:, ::-1] if flip else square)
         return torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).float().div_(255)
 
@@ -250,7 +260,7 @@ class Inputs:
         truths = []
         for d in draws:
             for i, flip, crop in zip(d.items, d.flips, d.crops, strict=True):
-                t = mask_square(data, i, d.classes, self.size, crop) if crop else self._truth(data, i, d.classes)
+                t = mask_square(data, i, d.classes, self.size, crop) if crop else self.truth(data, i, d.classes)
                 truths.append(torch.from_numpy(np.array(t[:, ::-1] if flip else t)))
         images, maps = self.visual(data, items, flips, crops)
         sizes = [len(d.items) for d in draws]

@@ -13,11 +13,12 @@ import sys
 import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lcco.common import LCCoError, duration, project_root, write_json, write_text
+from lcco.common import LCCoError, duration, place, project_root, write_json, write_text
 from lcco.config import Profile, coerce, load_profile, nearest
 
 TYPES = {
@@ -49,6 +50,9 @@ def begin(
 
 
 # --------------------------------------------------------------------------------------------------- running notebooks
+SHARED = "trainings and scores that notebooks share"
+
+
 def notebooks(only: Sequence[str] = ()) -> list[Path]:
     """The paper's notebooks in order; `only` keeps those whose number or name begins so.
 
@@ -119,14 +123,15 @@ def reproduce(
     paths = sorted(notebooks(only), key=lambda p: p.stem.startswith("00"))  # it shows a model that others train faster
     given = {"profile": profile, **({"results": str(folder)} if results else {}), **(parameters or {})}
     values = check_parameters(paths, given)
-    log = folder / "reproduce.json"
+    # Beside the runs, so that they are of this machine, and begin anew with the trainings that they include.
+    log = place("runs") / f"times-{chosen.name}.json"
     times = _read_json(log).get("seconds", {})
     if len(paths) > 1 and not parameters:
         began, known = time.monotonic(), {k: v for p in paths for k, v in parameters_of(p).items()}
         given_by = {k: known[k][0] for k in ("set_sizes", "k_values") if k in known}
-        print(f"== trainings and scores that {len(paths)} notebooks share", file=sys.stderr, flush=True)
+        print(f"== {SHARED}", file=sys.stderr, flush=True)
         ahead(chosen, [p.stem[:2] for p in paths], **given_by)
-        times["trainings"] = max(round(time.monotonic() - began), times.get("trainings", 0))
+        times[SHARED] = max(round(time.monotonic() - began), times.get(SHARED, 0))
     for n, path in enumerate(paths, 1):
         before = f"; took {duration(times[path.stem])} the first time" if path.stem in times else ""
         print(f"== {path.stem} ({n} of {len(paths)}{before})", file=sys.stderr, flush=True)
@@ -135,7 +140,8 @@ def reproduce(
         seconds = time.monotonic() - began
         print(f"== {path.stem}: {duration(seconds)}", file=sys.stderr, flush=True)
         times[path.stem] = max(round(seconds), times.get(path.stem, 0))  # a later run finds its trainings done
-        write_json(log, {"seconds": times, "machine": _machine()})
+        for file in (log, folder / "reproduce.json"):
+            write_json(file, {"seconds": times, "machine": _machine()})
     report = write_report(chosen, folder)
     if not results:
         write_index(folder.parent)
@@ -220,6 +226,8 @@ def write_report(profile: Profile, folder: Path) -> Path:
     where = f"{machine.get('platform', '')}, {machine.get('cores', '?')} cores, {machine.get('device', '')}"
     versions = ", ".join(f"{k} {v}" for k, v in machine.get("versions", {}).items())
     trained = duration(sum(r.get("seconds", 0) for r in runs.values()))
+    devices = Counter(r.get("environment", {}).get("device", "") for r in runs.values())
+    trained += " on " + ", ".join(f"{device} ({n} runs)" for device, n in devices.most_common()) if devices else ""
     times = [(name, duration(seconds)) for name, seconds in log.get("seconds", {}).items()]
     settings = _flat(dataclasses.asdict(profile))
     base = _flat(dataclasses.asdict(profile.experiment))
@@ -259,9 +267,9 @@ def write_report(profile: Profile, folder: Path) -> Path:
         kept = f"It shows photographs of third parties, so it stays where it is made: `{PHOTOS}/{stem}.png`."
         lines += [f"## {title}", f"{text} {kept}"]
     lines.append("## Made on")
-    lines.append(f"{where}; {versions}. Training behind these tables: {trained} ({len(runs)} runs).")
+    lines.append(f"{where}; {versions}. Training behind these tables: {trained}.")
     if times:
-        head = ["| notebook | time, trainings included |", "|---|--:|"]
+        head = ["| notebook | longest time |", "|---|--:|"]
         lines.append("\n".join([*head, *(f"| {name} | {took} |" for name, took in times)]))
     write_text(folder / "README.md", "\n\n".join(line for line in lines if line) + "\n")
     return folder / "report.html"

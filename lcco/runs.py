@@ -13,8 +13,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -216,9 +216,7 @@ def get_run(
     return _run(path, record_file, data_root, inputs)
 
 
-def _write_record(
-    run: Run, made: dict[str, Any], inputs: Inputs, data: CoSegData, more: dict[str, Any]
-) -> None:  # fmt: skip
+def _write_record(run: Run, made: dict[str, Any], inputs: Inputs, data: CoSegData, more: dict[str, Any]) -> None:
     write_json(
         run.path / "record.json",
         {
@@ -283,13 +281,13 @@ def train_ahead(
     # The longest first, so that no worker is left alone with it; then by what they share.
     waiting.sort(key=lambda job: (job[0].model.placement != "encoder", _inputs_key(job[0])))
     spawn = multiprocessing.get_context("spawn")
-    with spawn.Pool(1) as pool:  # with all cores, in a process whose memory goes with it
-        pool.apply(_fill_caches, (waiting, data_root))
+    with ProcessPoolExecutor(1, mp_context=spawn) as pool:  # with all cores, in a process whose memory goes with it
+        pool.submit(_fill_caches, waiting, data_root).result()
     print(f"training and scoring {len(waiting)} models, {workers} at a time", file=sys.stderr, flush=True)
-    with spawn.Pool(workers, maxtasksperchild=6) as pool:  # memory that a process has held it seldom gives back
-        work = pool.imap_unordered(partial(_train_alone, data_root=data_root), waiting)
-        for _ in progress(work, "models done", len(waiting)):
-            pass
+    with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
+        started = [pool.submit(_train_alone, *job, data_root) for job in waiting]
+        for job in progress(as_completed(started), "models done", len(started)):
+            job.result()
 
 
 def _fill_caches(jobs: Sequence[tuple[Experiment, Sequence[Score]]], data_root: Path | None) -> None:
@@ -316,8 +314,7 @@ def _finished(experiment: Experiment, scores: Sequence[Score], data_root: Path |
     return record.is_file() and all(_run(record.parent, record, data_root).scored(*score) for score in scores)
 
 
-def _train_alone(job: tuple[Experiment, Sequence[Score]], data_root: Path | None) -> None:
-    experiment, scores = job
+def _train_alone(experiment: Experiment, scores: Sequence[Score], data_root: Path | None) -> None:
     with contextlib.redirect_stderr(io.StringIO()):  # the parent tells how far all are
         for key in [k for k in _SHARED if k != _inputs_key(experiment)]:
             del _SHARED[key]  # one set of frozen parts and memos a worker is enough

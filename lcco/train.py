@@ -114,7 +114,7 @@ def holdout_score(predict: Predictor, data: CoSegData, group_size: int) -> float
     for cls, indices in data.groups.items():
         for members, scored in consecutive_groups(list(indices), group_size, repeat=False):
             for i, p in list(zip(members, predict(data, members, cls), strict=True))[:scored]:
-                scores.append(jaccard(p > 0.5, predict.inputs._truth(data, i, (cls,)), empty="one") or 0.0)
+                scores.append(jaccard(p > 0.5, predict.inputs.truth(data, i, (cls,)), empty="one") or 0.0)
     return float(np.mean(scores))
 
 

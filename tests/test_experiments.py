@@ -201,8 +201,11 @@ def test_ahead_asks_for_what_the_notebooks_will(tiny: Profile, monkeypatch):
 
     jobs: list = []
     monkeypatch.setattr(lcco.runs, "train_ahead", jobs.extend)
-    experiments.ahead(tiny, ["08"])
+    experiments.ahead(tiny, ["00", "08"])
     assert not jobs
+    experiments.ahead(tiny, ["03"])  # an ablation alone does not train every seed of the main table
+    assert len(jobs) == len(experiments.loss_variants()) * len(tiny.ablation_seeds)
+    jobs.clear()
     experiments.ahead(tiny, ["02", "05"], [1, 2])
     wanted = [(v, s) for v in main_variants(tiny) for s in tiny.seeds]
     wanted += [(v, s) for v in experiments.component_variants(tiny) for s in tiny.ablation_seeds]

@@ -201,7 +201,7 @@ def test_runs_are_trained_and_scored_ahead_side_by_side(base, tmp_path, monkeypa
         run = runs.get_run(e)
         assert run.scored(str(other), ["ufo"], 3) and not run.scored(str(other), ["ufo"], 2)
         assert run.evaluate(str(other), "ufo", 3)["ufo"].summary["images"] == 6
-    monkeypatch.setattr(runs, "multiprocessing", None)
+    monkeypatch.setattr(runs, "ProcessPoolExecutor", None)
     runs.train_ahead(jobs)  # all there: no process is started
 
 
