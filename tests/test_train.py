@@ -1,8 +1,10 @@
 """The training loop: the same bits every time, resumed or not; what it refuses; what it leaves on disk."""
 
+import gc
 import json
 import multiprocessing
 import shutil
+import weakref
 from pathlib import Path
 
 import drawn
@@ -230,6 +232,17 @@ def test_a_run_without_its_weights_still_tells_its_scores(base, tmp_path):
     assert again.evaluate(base.data.train[0], "ufo", 3, allow_overlap=True) == once
     with pytest.raises(LCCoError, match="came without its weights"):
         again.evaluate(base.data.train[0], "native", 3, allow_overlap=True)
+
+
+def test_the_memo_of_truths_holds_one_object_a_set(base):
+    inputs, name = Inputs(base), base.data.train[0]
+    first, second = load_data(name), load_data(name)
+    known = inputs.truth(first, 0, ("car",))
+    assert inputs.truth(second, 0, ("car",)) is known
+    gone = weakref.ref(second)
+    del second
+    gc.collect()
+    assert gone() is None
 
 
 def test_bad_trainings_say_what_to_mend(base, tmp_path):
