@@ -85,7 +85,8 @@ def reading_variants(experiment: Experiment, vocabularies: Sequence[str] | None 
     """
     m, loss = experiment.model, experiment.loss
     other = {"neighbours": "channels", "channels": "neighbours", "decoder": "encoder", "encoder": "decoder",
-             "mean": "sum", "sum": "mean", "vocabulary": "shared", "shared": "vocabulary"}  # fmt: skip
+             "mean": "sum", "sum": "mean", "vocabulary": "shared", "shared": "vocabulary",
+             "tower": "name", "name": "tower"}  # fmt: skip
     if vocabularies is None:
         vocabularies = ("coco80",) if experiment.tower.vocabulary == "glyphs" else ("voc20", "imagenet1k")
     softmax, reduction = other[m.isfc_softmax], other[loss.lc_reduction]
@@ -101,6 +102,8 @@ def reading_variants(experiment: Experiment, vocabularies: Sequence[str] | None 
          {"loss.lc_reduction": reduction, "loss.lambda_c": lambda_c}),
         ("mask_background", f"v_gt: outside the true mask {'black' if background == 'zero' else 'the mean colour'}",
          {"loss.mask_background": background}),
+        ("v_gt", "v_gt: " + ("what the tower sees" if loss.v_gt == "name" else "the class's own word"),
+         {"loss.v_gt": other[loss.v_gt]}),
         ("mlp3_skip", f"Eq. 7: MLP3 {'without' if m.mlp3_skip else 'with'} a skip",
          {"model.mlp3_skip": not m.mlp3_skip}),
         ("mlp3", "Eq. 7: MLP3 " + ("from P words to P" if m.mlp3 == "shared" else "one small network for every word"),

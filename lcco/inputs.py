@@ -80,6 +80,17 @@ class Inputs:
         self._square = lru_cache(maxsize=max(64, MEMO_BYTES // (3 * self.size**2)))(self._read_square)
 
     @property
+    def _v_gt(self) -> str | None:
+        """Who names the class that v^gt marks; None where Eq. 12 is not used."""
+        e = self.experiment
+        return e.loss.v_gt if e.model.clip_regularization and e.loss.lambda_c else None
+
+    def _own_word(self, classes: Sequence[str]) -> int:
+        """The vocabulary index of a group's one class; −1 = unknown: no such word, or several classes shared."""
+        word = target_word(classes[0], self.words) if len(classes) == 1 else None
+        return -1 if word is None else word
+
+    @property
     def vocabulary_hash(self) -> str:
         """Hash of the words and their order, which the weights are tied to."""
         return vocabulary_hash(self.words)
@@ -116,7 +127,7 @@ class Inputs:
         self.embeddings(data, [])
         if truth:
             self._store_truths(data)
-            if self.experiment.model.clip_regularization and self.experiment.loss.lambda_c:
+            if self._v_gt == "tower":
                 self._store_masked(data)
 
     def _store_truths(self, data: CoSegData) -> None:
@@ -267,7 +278,9 @@ class Inputs:
         N = max(sizes)
         present = torch.tensor([[n < s for n in range(N)] for s in sizes])
         true = None
-        if self.experiment.model.clip_regularization and self.experiment.loss.lambda_c:
+        if self._v_gt == "name":
+            true = torch.tensor([self._own_word(d.classes) for d in draws])
+        elif self._v_gt == "tower":
             pairs = [(i, d.classes) for d in draws for i in d.items]
             self._embed_masked(data, list({p for p in pairs if (data.digest(), *p) not in self._masked}))
             masked = _pad(torch.stack([self._masked[(data.digest(), *p)] for p in pairs]), present)

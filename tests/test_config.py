@@ -1,5 +1,7 @@
 """Settings: mistakes are named with their mend; the hash is of the content; the shipped profiles load and run."""
 
+import json
+
 import drawn
 import pytest
 import torch
@@ -40,6 +42,18 @@ def test_the_hash_is_of_the_content_and_not_of_the_name():
     assert a.hash == Experiment().replace({"model.k": 5}).hash == a.replace(name="other").hash
     hashes = {a.replace({"model.k": 4}).hash, a.replace(seed=1).hash, a.replace({"data.train": ["x"]}).hash, a.hash}
     assert len(hashes) == 4
+
+
+def test_settings_added_later_leave_the_names_of_older_runs_alone():
+    names = set()
+    for path in (project_root() / "results").glob("*/*.records.json"):
+        for name, run in json.loads(path.read_text())["runs"].items():
+            if "experiment" in run:
+                assert name == f"{run['experiment']['name']}-{build(Experiment, run['experiment']).hash}", path
+                names.add(name)
+    assert len(names) > 20
+    a = Experiment()
+    assert a.hash == a.replace({"loss.v_gt": "tower"}).hash != a.replace({"loss.v_gt": "name"}).hash
 
 
 def test_profiles_load_and_mistakes_in_them_name_the_file(tmp_path):

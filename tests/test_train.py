@@ -115,6 +115,14 @@ def test_a_batch_is_what_the_draws_say(base):
         masked.append(Image.fromarray(pixels))
     expected = (inputs.tower.encode_images(masked) @ inputs.prompts.T).sum(0).argmax()
     assert batch.true[0] == expected
+    # or by name: the class's own word; unknown where the images share several, or the vocabulary has no such word
+    named = Inputs(base.replace({"loss.v_gt": "name"}))
+    both = Draw(("cow", "dog"), tuple(cow[:2]), (False,) * 2, (None,) * 2)
+    assert named.batch(data, [*draws, both]).true.tolist() == [
+        named.words.index("cow"), named.words.index("dog"), -1,
+    ]  # fmt: skip
+    assert named._own_word(("unicorn",)) == -1
+    assert Inputs(base.replace({"loss.v_gt": "name", "loss.lambda_c": 0.0})).batch(data, draws).true is None
 
 
 def test_frozen_stages_stay_and_are_not_saved(base, tmp_path):
