@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import warnings
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lcco.common import LCCoError, digest
+from lcco.common import LCCoError, digest, place
 
 PACKAGE_WEIGHTS = Path(__file__).parent / "weights"
 IMAGENET_NORM = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -100,12 +101,14 @@ def make_backbone(name: str, weights: str | None, frozen_stages: int = 0) -> Bac
     """The backbone of that name without its classifier.
 
     `weights`: "imagenet" (torchvision's, from the hub or its cache), "package" (comes with pip or with lcco), a local
-    file (.pth or .safetensors; classifier names or this class's own), or None = random and trained from scratch,
-    statistics included.
+    file (.pth or .safetensors; classifier names, this class's own, or a model that lcco trained: its backbone),
+    "run:<name>" = the model of that run in the run store, or None = random and trained from scratch, statistics
+    included.
 
     Raises: LCCoError for an unknown name, missing weights (naming the file to download) or a file that does not fit.
     """
-    net = classifier(name, weights)
+    trained = _trained_backbone(name, weights)
+    net = classifier(name, trained[0] if trained else weights)
     if name == "efficientnet_lite2":
         blocks = list(net.blocks)
         stages = [[net.conv_stem, net.bn1, *blocks[:2]], blocks[2:3], blocks[3:5], blocks[5:7]]
@@ -113,7 +116,7 @@ def make_backbone(name: str, weights: str | None, frozen_stages: int = 0) -> Bac
         stem = [net.conv1, net.bn1, getattr(net, "act1", None) or net.relu, net.maxpool]
         stages = [[*stem, net.layer1], [net.layer2], [net.layer3], [net.layer4]]
     channels, (mean, std), size = _SPECS[name]
-    return Backbone(
+    backbone = Backbone(
         name=name,
         stages=[nn.Sequential(*stage) for stage in stages],
         channels=channels,
@@ -123,6 +126,32 @@ def make_backbone(name: str, weights: str | None, frozen_stages: int = 0) -> Bac
         frozen_stages=frozen_stages,
         keep_statistics=weights is not None,
     )
+    if trained:  # over the stages that it kept frozen, and so does not hold
+        missing = backbone.load_state_dict(trained[1], strict=False).missing_keys
+        if trained[0] is None and missing:
+            raise LCCoError(f"{weights}: its frozen backbone was random and is not in it ({len(missing)} tensors)")
+    return backbone
+
+
+def _trained_backbone(name: str, weights: str | None) -> tuple[str | None, dict[str, Tensor]] | None:
+    """(the weights it started from, the stages it trained) of a model that lcco trained; None for other weights."""
+    if weights in (None, "imagenet", "package"):
+        return None
+    file = weights_file(name, weights)
+    if file.suffix != ".safetensors":
+        return None
+    from safetensors import safe_open
+
+    state = read_tensors(file)  # names the file if it is absent or damaged
+    with safe_open(file, "pt") as f:
+        about = json.loads((f.metadata() or {}).get("lcco", "{}"))
+    if not about:
+        return None
+    model = about["experiment"]["model"]
+    if model["backbone"] != name:
+        raise LCCoError(f"{file}: a model with the backbone {model['backbone']}, not {name}; set `model.backbone`")
+    start = "backbone."
+    return model["weights"], {k.removeprefix(start): v.float() for k, v in state.items() if k.startswith(start)}
 
 
 def classifier(name: str, weights: str | None, classes: int | None = None) -> nn.Module:
@@ -178,6 +207,8 @@ def weights_file(name: str, weights: str) -> Path:
         if name == "glyphnet":
             return PACKAGE_WEIGHTS / "glyph_backbone.safetensors"
         raise LCCoError(f"no package ships weights of {name}; use `model.weights: imagenet` or a local file")
+    if weights.startswith("run:"):
+        return place("runs") / weights.removeprefix("run:") / "best.safetensors"
     return Path(weights).expanduser()
 
 

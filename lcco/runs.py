@@ -404,11 +404,16 @@ def release(
     group-choice test. baseline: the run whose scores stand beside them. Returns the card's path.
     Raises: LCCoError for a test set with pictures of the training set.
     """
-    about = read_about(run.weights)
+    about, state = read_about(run.weights), read_tensors(run.weights)
+    if run.experiment.model.weights not in (None, "imagenet", "package"):
+        # A file of this machine: the model brings its whole backbone along instead.
+        state |= {f"backbone.{k}": v for k, v in run.predictor().model.backbone.state_dict().items()}
+        about["experiment"]["model"] |= {"weights": None, "frozen_stages": 0}
     # What belongs to a channel (normalisation's variances above all) may be too large for half precision, and is small.
-    half = {k: v.half() if v.is_floating_point() and v.ndim > 1 else v for k, v in read_tensors(run.weights).items()}
+    half = {k: v.half() if v.is_floating_point() and v.ndim > 1 else v for k, v in state.items()}
     save_tensors(out, half, about)
-    inputs, e, r = shared_inputs(run.experiment), run.experiment, run.record
+    e, r = run.experiment, run.record
+    inputs = shared_inputs(build(Experiment, about["experiment"]))
     predictor, rows = load_model(out, inputs=inputs), []
     for test in dict.fromkeys((*tests, *choice)):
         data = load_data(test, run.data_root)

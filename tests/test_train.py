@@ -253,6 +253,33 @@ def test_the_memo_of_truths_holds_one_object_a_set(base):
     assert gone() is None
 
 
+def test_a_second_stage_stands_on_the_backbone_of_a_run_and_its_release_brings_it_along(base, tmp_path):
+    other = drawn.folders(tmp_path, ["cow", "dog"], 3, name="other", first=50)
+    first = runs.get_run(base.replace({"model.weights": "package", "model.frozen_stages": 2}))
+    start = first.predictor().model.backbone.state_dict()
+    second = runs.get_run(base.replace({"model.weights": f"run:{first.path.name}"}))
+    own = second.predictor()
+    assert same(own.model.backbone.state_dict(), start)
+    assert not same(start, Inputs(base.replace({"model.weights": "package"})).backbone.state_dict())
+    assert not any(k.startswith("backbone.") for k in weights(second.path))  # frozen: the first run's file holds it
+    out = tmp_path / "two.safetensors"
+    assert f"trained by `run:{first.path.name}`" in runs.release(second, out, [str(other)]).read_text()
+    data = load_data(str(other))
+    items = list(data.groups["cow"])[:3]
+    ours = own(data, items, "cow")
+    shutil.rmtree(first.path)
+    assert np.abs(load_model(out)(data, items, "cow") - ours).max() < 0.02
+    third = base.replace({"model.weights": str(out)})  # a released model is a start as well
+    assert set(Inputs(third).backbone.state_dict()) == set(start)
+    with pytest.raises(LCCoError, match=r"best.safetensors: no such weights file"):
+        Inputs(second.experiment)
+    with pytest.raises(LCCoError, match="the backbone glyphnet, not resnet18"):
+        Inputs(third.replace({"model.backbone": "resnet18"}))
+    random = runs.get_run(base)
+    with pytest.raises(LCCoError, match="random and is not in it"):
+        Inputs(base.replace({"model.weights": f"run:{random.path.name}"}))
+
+
 def test_bad_trainings_say_what_to_mend(base, tmp_path):
     with pytest.raises(LCCoError, match="data.crop` needs a live backbone"):
         train(base.replace({"data.crop": 0.7}), tmp_path / "a")
