@@ -208,7 +208,11 @@ def weights_file(name: str, weights: str) -> Path:
             return PACKAGE_WEIGHTS / "glyph_backbone.safetensors"
         raise LCCoError(f"no package ships weights of {name}; use `model.weights: imagenet` or a local file")
     if weights.startswith("run:"):
-        return place("runs") / weights.removeprefix("run:") / "best.safetensors"
+        run = place("runs") / weights.removeprefix("run:")
+        files = [run / f"{kind}.safetensors" for kind in ("best", "last")]
+        if not (found := [f for f in files if f.is_file()]):
+            raise LCCoError(f"`model.weights: {weights}`: {run} holds no trained model; train that run first")
+        return found[0]
     return Path(weights).expanduser()
 
 

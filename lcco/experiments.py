@@ -329,38 +329,43 @@ def against(rows: Sequence[Mapping[str, Any]], reference: str, metric: str = "J"
 
 # ------------------------------------------------------------------------- what fails: classes, words, images without
 def class_results(profile: Profile, table: str = "per_class") -> Results:
-    """J of Baseline and LCCo class by class, each seed, under the first protocol, from the images' stored scores.
+    """J of Baseline and LCCo class by class, each seed, from the images' stored scores.
 
-    A row: one class of one test set; `training` says whether training had it, under any of its names: `seen` or `new`.
-    The last rows of a test set are the means over its classes of either kind.
+    Under the first protocol on every test set, and under `choice` where the profile has that test. A row: one class of
+    one test set; `training` says whether training had it, under any of its names (`seen` or `new`), and `trained_on` on
+    how many pictures. The last rows of a test set are the means over its classes of either kind.
     """
     from lcco.data import load_data
     from lcco.semantics import target_word
 
     protocol = profile.protocols[0]
     found = collect(profile, table, main_variants(profile), protocols=[protocol])
-    plain, found.rows = [r for r in found.rows if r["row"] == "LCCo"], []
+    plain = [r for r in (*found.rows, *choice_results(profile, table).rows) if r["row"] == "LCCo"]
+    found.rows = []
     try:
-        trained = list(load_data("+".join(profile.experiment.data.train)).groups) if found.runs else []
+        groups = load_data("+".join(profile.experiment.data.train)).groups if found.runs else {}
     except LCCoError:  # the model was trained before, and its data are gone
-        trained = []
+        groups = {}
+    trained = list(groups)
     for like in plain:
-        row = _blank(like) | dict.fromkeys(("training", "scored", "J_Baseline", "J_LCCo", "change_J"))
+        row = {k: v for k, v in _blank(like).items() if k not in CHOICE_CELLS}
+        row |= dict.fromkeys(("training", "trained_on", "scored", "J_Baseline", "J_LCCo", "change_J"))
         if not like["run"]:
             found.rows.append(row | {"row": "all classes"})
             continue
         J: dict[str, dict[str, list[float]]] = {}
         for model in ("Baseline", "LCCo"):
             if run := found.runs.get((model, like["seed"])):
-                for r in run.evaluate(like["test_set"], protocol, profile.group_size)[protocol].rows:
+                for r in run.evaluate(like["test_set"], like["protocol"], profile.group_size)[like["protocol"]].rows:
                     J.setdefault(r["class"], {}).setdefault(model, []).append(r["J"])
         of_kind: dict[str, list[dict[str, float | None]]] = {}
         for cls, own in J.items():
-            seen = ("new" if target_word(cls, trained) is None else "seen") if trained else "unknown"
+            word = target_word(cls, trained)
+            seen = ("new" if word is None else "seen") if trained else "unknown"
             means = {m: _share([j for j in own.get(m, []) if j is not None]) for m in ("Baseline", "LCCo")}
             of_kind.setdefault(seen, []).append(means)
-            n = len(own["LCCo"])
-            cells = {"row": cls, "training": seen, "images": n, "scored": f"{n} images"}
+            n, on = len(own["LCCo"]), "" if not trained else str(0 if word is None else len(groups[trained[word]]))
+            cells = {"row": cls, "training": seen, "trained_on": on, "images": n, "scored": f"{n} images"}
             found.rows.append(row | cells | _pair(means))
         for seen, every in sorted(of_kind.items(), reverse=True):
             means = {m: _share([e[m] for e in every if e[m] is not None]) for m in ("Baseline", "LCCo")}

@@ -72,9 +72,13 @@ def test_profiles_load_and_mistakes_in_them_name_the_file(tmp_path):
         assert said in str(error.value)
 
 
-def test_the_shipped_profile_is_finetuned_with_more_training_data():
+def test_what_ships_is_finetuned_with_more_training_data_and_a_second_stage():
     less, shipped = load_profile("finetuned").experiment, load_profile("shipped").experiment
     assert shipped.replace({"data.train": less.data.train}).hash == less.hash
+    second, more = load_profile("staged").experiment, load_profile("staged_fold").experiment
+    assert more.replace({"data.train": less.data.train, "model.weights": second.model.weights}).hash == second.hash
+    assert second.model.weights == f"run:finetuned-{less.replace(seed=2).hash}"
+    assert more.model.weights == f"run:shipped-{shipped.replace(seed=2).hash}"
 
 
 def test_durations_and_places(monkeypatch, tmp_path, capsys):

@@ -328,7 +328,7 @@ def test_classes_words_and_mixed_sets_are_counted_from_the_same_runs(tiny: Profi
 
     # a class's J is the mean over its images' rows
     found = experiments.class_results(tiny)
-    rows = {r["row"] if r["row"] != "mean" else r["training"]: r for r in found.rows}
+    rows = {r["row"] if r["row"] != "mean" else r["training"]: r for r in found.rows if r["test_set"] == test}
     by_hand = {m: {"cow": [], "car": [], "person": [], "zebra": []} for m in ("LCCo", "Baseline")}
     for (model, _), run in found.runs.items():
         for line in run.evaluate(test, "ufo", 3)["ufo"].rows:
@@ -339,8 +339,15 @@ def test_classes_words_and_mixed_sets_are_counted_from_the_same_runs(tiny: Profi
         assert rows[cls]["change_J"] == pytest.approx(rows[cls]["J_LCCo"] - rows[cls]["J_Baseline"], abs=1e-3)
         assert (rows[cls]["images"], rows[cls]["scored"]) == (4, "4 images")
     assert [rows[c]["training"] for c in ("cow", "car", "person", "zebra")] == ["new", "seen", "seen", "new"]
+    assert [rows[c]["trained_on"] for c in ("cow", "car", "person", "zebra")] == ["0", "4", "4", "0"]  # faces: persons
     assert rows["new"]["J_LCCo"] == pytest.approx((rows["cow"]["J_LCCo"] + rows["zebra"]["J_LCCo"]) / 2, abs=1e-3)
-    away = found.rows[-1]
+    by_choice = [r for r in found.rows if r["protocol"] == "choice"]
+    (summary,) = [r for r in experiments.choice_results(tiny).rows if r["row"] == "LCCo"]
+    classes = [r for r in by_choice if r["row"] != "mean"]
+    assert {r["row"] for r in classes} and "leak" not in classes[0]
+    mean = sum(r["images"] * r["J_LCCo"] for r in classes) / sum(r["images"] for r in classes)
+    assert mean == pytest.approx(summary["J"], abs=1e-3)
+    away = next(r for r in found.rows if r["test_set"] == "msrc7")
     assert away["status"] == "not run: data not found (msrc7)" and away["test_set"] == "msrc7"
     assert away["J_LCCo"] is None
 

@@ -271,7 +271,7 @@ def test_a_second_stage_stands_on_the_backbone_of_a_run_and_its_release_brings_i
     assert np.abs(load_model(out)(data, items, "cow") - ours).max() < 0.02
     third = base.replace({"model.weights": str(out)})  # a released model is a start as well
     assert set(Inputs(third).backbone.state_dict()) == set(start)
-    with pytest.raises(LCCoError, match=r"best.safetensors: no such weights file"):
+    with pytest.raises(LCCoError, match="holds no trained model; train that run first"):
         Inputs(second.experiment)
     with pytest.raises(LCCoError, match="the backbone glyphnet, not resnet18"):
         Inputs(third.replace({"model.backbone": "resnet18"}))
