@@ -207,13 +207,18 @@ def weights_file(name: str, weights: str) -> Path:
         if name == "glyphnet":
             return PACKAGE_WEIGHTS / "glyph_backbone.safetensors"
         raise LCCoError(f"no package ships weights of {name}; use `model.weights: imagenet` or a local file")
-    if weights.startswith("run:"):
-        run = place("runs") / weights.removeprefix("run:")
-        files = [run / f"{kind}.safetensors" for kind in ("best", "last")]
-        if not (found := [f for f in files if f.is_file()]):
-            raise LCCoError(f"`model.weights: {weights}`: {run} holds no trained model; train that run first")
-        return found[0]
-    return Path(weights).expanduser()
+    return model_file(weights, "model.weights")
+
+
+def model_file(name: str, setting: str) -> Path:
+    """A file by its path, or by "run:<name>" the model of that run. Raises: LCCoError for a run that has none."""
+    if not name.startswith("run:"):
+        return Path(name).expanduser()
+    run = place("runs") / name.removeprefix("run:")
+    files = [run / f"{kind}.safetensors" for kind in ("best", "last")]
+    if not (found := [f for f in files if f.is_file()]):
+        raise LCCoError(f"`{setting}: {name}`: {run} holds no trained model; train that run first")
+    return found[0]
 
 
 def _fill(net: nn.Module, name: str, state: dict[str, Tensor], source: Path, head: bool) -> None:

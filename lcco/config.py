@@ -96,10 +96,11 @@ class TrainConfig:
     precision: Literal["no", "bf16"] = "no"
     eval_every: int = 5_000
     checkpoint: Literal["last", "best"] = "best"  # which one is evaluated; best = on `data.holdout`
+    start: str | None = None  # a model file, or "run:<name>", whose weights are the first; the backbone: model.weights
 
 
 # Settings younger than the first published runs: at their default they leave the hash alone, so those keep their names.
-LATER = (("loss", "v_gt", "tower"),)
+LATER = (("loss", "v_gt", "tower"), ("train", "start", None))
 
 
 @dataclass(frozen=True)

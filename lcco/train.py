@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lcco.backbones import read_tensors
+from lcco.backbones import model_file, read_tensors
 from lcco.common import LCCoError, atomic_path, progress
 from lcco.config import Experiment, build
 from lcco.data import CoSegData, GroupSampler, load_data
@@ -38,6 +38,16 @@ def build_model(experiment: Experiment, inputs: Inputs) -> LCCo:
             strides=m.strides, modulation_residual=m.modulation_residual, mlp3=m.mlp3, mlp3_skip=m.mlp3_skip,
             heads=m.heads, k=m.k,
         ).to(memory_format=torch.channels_last)  # fmt: skip
+
+
+def _begin_from(model: LCCo, start: str) -> None:
+    """Fill all but the backbone with another model's weights (`train.start`). Raises: LCCoError if it differs."""
+    file = model_file(start, "train.start")
+    own = {k: v for k, v in model.state_dict().items() if not k.startswith("backbone.")}
+    state = read_tensors(file)
+    if wrong := [k for k, v in own.items() if k not in state or state[k].shape != v.shape]:
+        raise LCCoError(f"{file}: not a model of these settings: `{wrong[0]}` differs ({len(wrong)} tensors)")
+    model.load_state_dict({k: state[k].to(v.dtype) for k, v in own.items()}, strict=False)
 
 
 def learning_rate(experiment: Experiment, step: int) -> float:
@@ -243,7 +253,10 @@ def _train(
     )
     if tensorboard:
         accelerator.init_trackers("tensorboard")
-    model = build_model(experiment, inputs).to(accelerator.device)
+    model = build_model(experiment, inputs)
+    if t.start:
+        _begin_from(model, t.start)
+    model.to(accelerator.device)
     of_backbone = [p for p in model.backbone.parameters() if p.requires_grad]
     rest = [p for n, p in model.named_parameters() if p.requires_grad and not n.startswith("backbone.")]
     optimizer = torch.optim.AdamW(

@@ -76,9 +76,15 @@ def test_what_ships_is_finetuned_with_more_training_data_and_a_second_stage():
     less, shipped = load_profile("finetuned").experiment, load_profile("shipped").experiment
     assert shipped.replace({"data.train": less.data.train}).hash == less.hash
     second, more = load_profile("staged").experiment, load_profile("staged_fold").experiment
-    assert more.replace({"data.train": less.data.train, "model.weights": second.model.weights}).hash == second.hash
-    assert second.model.weights == f"run:finetuned-{less.replace(seed=2).hash}"
-    assert more.model.weights == f"run:shipped-{shipped.replace(seed=2).hash}"
+    changes = {"data.train": less.data.train, "model.weights": second.model.weights, "train.start": second.train.start}
+    assert more.replace(changes).hash == second.hash
+    assert second.model.weights == second.train.start == f"run:finetuned-{less.replace(seed=2).hash}"
+    assert more.model.weights == more.train.start == f"run:shipped-{shipped.replace(seed=2).hash}"
+    for name, first in (("staged", less), ("staged_fold", shipped)):  # one Baseline for both stages
+        profile = load_profile(name)
+        theirs = next(v for v in main_variants(profile) if v.row == "Baseline")
+        mine = next(v for v in main_variants(load_profile(first.name)) if v.row == "Baseline")
+        assert profile.experiment.replace(dict(theirs.changes)) == first.replace(dict(mine.changes))
 
 
 def test_durations_and_places(monkeypatch, tmp_path, capsys):

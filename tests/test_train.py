@@ -262,6 +262,15 @@ def test_a_second_stage_stands_on_the_backbone_of_a_run_and_its_release_brings_i
     assert same(own.model.backbone.state_dict(), start)
     assert not same(start, Inputs(base.replace({"model.weights": "package"})).backbone.state_dict())
     assert not any(k.startswith("backbone.") for k in weights(second.path))  # frozen: the first run's file holds it
+    # and, if asked, on all of it: what it starts from, and its first step, are the run's
+    on = second.experiment.replace({"train.start": f"run:{first.path.name}", "train.steps": 1, "train.lr": 0.0})
+    assert on.hash != second.experiment.replace({"train.steps": 1, "train.lr": 0.0}).hash
+    trained = dict(own.model.named_parameters())
+    heads = {k: v for k, v in weights(first.path, "best.safetensors").items() if k in trained and "backbone" not in k}
+    got = weights(runs.get_run(on).path)
+    assert heads and all(torch.allclose(got[k], v) for k, v in heads.items())
+    with pytest.raises(LCCoError, match="not a model of these settings"):
+        runs.get_run(on.replace({"model.width": 8}))
     out = tmp_path / "two.safetensors"
     assert f"trained by `run:{first.path.name}`" in runs.release(second, out, [str(other)]).read_text()
     data = load_data(str(other))
