@@ -102,8 +102,8 @@ def make_backbone(name: str, weights: str | None, frozen_stages: int = 0) -> Bac
 
     `weights`: "imagenet" (torchvision's, from the hub or its cache), "package" (comes with pip or with lcco), a local
     file (.pth or .safetensors; classifier names, this class's own, or a model that lcco trained: its backbone),
-    "run:<name>" = the model of that run in the run store, or None = random and trained from scratch, statistics
-    included.
+    "run:<name>" = the model of that run in the run store, "shipped" = lcco's own, or None = random and trained from
+    scratch, statistics included.
 
     Raises: LCCoError for an unknown name, missing weights (naming the file to download) or a file that does not fit.
     """
@@ -211,7 +211,9 @@ def weights_file(name: str, weights: str) -> Path:
 
 
 def model_file(name: str, setting: str) -> Path:
-    """A file by its path, or by "run:<name>" the model of that run. Raises: LCCoError for a run that has none."""
+    """A file by its path, "shipped", or by "run:<name>" the model of that run. Raises: LCCoError if it has none."""
+    if name == "shipped":
+        return PACKAGE_WEIGHTS / "lite.safetensors"
     if not name.startswith("run:"):
         return Path(name).expanduser()
     run = place("runs") / name.removeprefix("run:")

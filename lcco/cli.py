@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("release", _release, "Write a profile's LCCo as a small file with a card of what it scored.")
     sub.add_argument("out", metavar="FILE.safetensors")
-    sub.add_argument("--profile", default="staged_fold", metavar="P")
+    sub.add_argument("--profile", default="shipped", metavar="P")
     sub.add_argument("--seed", type=int, metavar="N", help="the run of this seed (default: the profile's first)")
     sub.add_argument("--data-root", **data_root)
 

@@ -52,7 +52,7 @@ class ModelConfig:
     """The segmentation network and its three modules. Baseline = the three switches off."""
 
     backbone: str = "resnet50"
-    weights: str | None = "imagenet"  # "imagenet" (hub), "package", a local file, null = random
+    weights: str | None = "imagenet"  # "imagenet" (hub), "package", a file, run:<name>, shipped, null = random
     frozen_stages: int = 0  # leading backbone stages (of 4) that are not trained; 4 = frozen backbone
     width: int = 256  # channels of the top-down path
     isfc: bool = True
@@ -96,7 +96,7 @@ class TrainConfig:
     precision: Literal["no", "bf16"] = "no"
     eval_every: int = 5_000
     checkpoint: Literal["last", "best"] = "best"  # which one is evaluated; best = on `data.holdout`
-    start: str | None = None  # a model file, or "run:<name>", whose weights are the first; the backbone: model.weights
+    start: str | None = None  # "run:<name>", "shipped" or a model file to go on from; the backbone: model.weights
 
 
 # Settings younger than the first published runs: at their default they leave the hash alone, so those keep their names.
