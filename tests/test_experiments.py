@@ -339,7 +339,9 @@ def test_classes_words_and_mixed_sets_are_counted_from_the_same_runs(tiny: Profi
         assert rows[cls]["change_J"] == pytest.approx(rows[cls]["J_LCCo"] - rows[cls]["J_Baseline"], abs=1e-3)
         assert (rows[cls]["images"], rows[cls]["scored"]) == (4, "4 images")
     assert [rows[c]["training"] for c in ("cow", "car", "person", "zebra")] == ["new", "seen", "seen", "new"]
-    assert [rows[c]["trained_on"] for c in ("cow", "car", "person", "zebra")] == ["0", "4", "4", "0"]  # faces: persons
+    assert [rows[c]["trained_on"] for c in ("cow", "car", "person", "zebra")] == [
+        "0 images", "4 images", "4 images", "0 images",  # faces: persons
+    ]  # fmt: skip
     assert rows["new"]["J_LCCo"] == pytest.approx((rows["cow"]["J_LCCo"] + rows["zebra"]["J_LCCo"]) / 2, abs=1e-3)
     by_choice = [r for r in found.rows if r["protocol"] == "choice"]
     (summary,) = [r for r in experiments.choice_results(tiny).rows if r["row"] == "LCCo"]
