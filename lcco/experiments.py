@@ -364,7 +364,8 @@ def class_results(profile: Profile, table: str = "per_class") -> Results:
             seen = ("new" if word is None else "seen") if trained else "unknown"
             means = {m: _share([j for j in own.get(m, []) if j is not None]) for m in ("Baseline", "LCCo")}
             of_kind.setdefault(seen, []).append(means)
-            n, on = len(own["LCCo"]), None if not trained else f"{0 if word is None else len(groups[trained[word]])} images"
+            n, on = len(own["LCCo"]), 0 if word is None else len(groups[trained[word]])
+            on = f"{on} images" if trained else None
             cells = {"row": cls, "training": seen, "trained_on": on, "images": n, "scored": f"{n} images"}
             found.rows.append(row | cells | _pair(means))
         for seen, every in sorted(of_kind.items(), reverse=True):
