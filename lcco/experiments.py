@@ -328,6 +328,9 @@ def against(rows: Sequence[Mapping[str, Any]], reference: str, metric: str = "J"
 
 
 # ------------------------------------------------------------------------- what fails: classes, words, images without
+MANY = 100  # pictures of a class, from which on training knows it well
+
+
 def class_results(profile: Profile, table: str = "per_class") -> Results:
     """J of Baseline and LCCo class by class, each seed, from the images' stored scores.
 
@@ -363,14 +366,15 @@ def class_results(profile: Profile, table: str = "per_class") -> Results:
             word = target_word(cls, trained)
             seen = ("new" if word is None else "seen") if trained else "unknown"
             means = {m: _share([j for j in own.get(m, []) if j is not None]) for m in ("Baseline", "LCCo")}
-            of_kind.setdefault(seen, []).append(means)
             n, on = len(own["LCCo"]), 0 if word is None else len(groups[trained[word]])
+            kind = f"{MANY} or more" if on >= MANY else f"under {MANY}"
+            of_kind.setdefault((seen, f"{kind} images" if seen == "seen" else None), []).append(means)
             on = f"{on} images" if trained else None
             cells = {"row": cls, "training": seen, "trained_on": on, "images": n, "scored": f"{n} images"}
             found.rows.append(row | cells | _pair(means))
-        for seen, every in sorted(of_kind.items(), reverse=True):
+        for (seen, on), every in sorted(of_kind.items(), key=str, reverse=True):
             means = {m: _share([e[m] for e in every if e[m] is not None]) for m in ("Baseline", "LCCo")}
-            cells = {"row": "mean", "training": seen, "scored": f"{len(every)} classes"}
+            cells = {"row": "mean", "training": seen, "trained_on": on, "scored": f"{len(every)} classes"}
             found.rows.append(row | cells | _pair(means))
     return found
 
