@@ -273,14 +273,22 @@ def growth(rows: Sequence[Mapping[str, Any]], trained: int = 5) -> list[str]:
 def readings(profile: Profile, vocabularies: Sequence[str] | None = None) -> Results:
     """Each open reading of the paper as a row, with its change against the same seed of the profile's own reading.
 
-    The profile's own stands there with every seed of the main table, so that its spread can be seen.
+    The profile's own stands there with every seed of the main table, so that its spread can be seen; another reading
+    with the ablation's seeds, and with those of the main table that were trained already.
     """
+    from lcco.runs import run_path
+
     first, *rest = reading_variants(profile.experiment, vocabularies)
     seeds = tuple(dict.fromkeys((*profile.ablation_seeds, *profile.seeds)))
     found = ablate(dataclasses.replace(profile, ablation_seeds=seeds), "interpretations", [first])
-    more = ablate(profile, "interpretations", rest)
-    found.rows += more.rows
-    found.runs |= more.runs
+    for seed in seeds:  # of one seed all at once, so that they train side by side
+        asked = [
+            v for v in rest if seed in profile.ablation_seeds
+            or (run_path(profile.experiment.replace(dict(v.changes), seed=seed)) / "record.json").is_file()
+        ]  # fmt: skip
+        more = ablate(dataclasses.replace(profile, ablation_seeds=(seed,)), "interpretations", asked)
+        found.rows += more.rows
+        found.runs |= more.runs
     base = {_test_of(r): r for r in found.rows if r["row"] == first.row}
     for row in found.rows:
         own = base.get(_test_of(row), {})
