@@ -9,6 +9,7 @@ import warnings
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -107,8 +108,9 @@ def make_backbone(name: str, weights: str | None, frozen_stages: int = 0) -> Bac
 
     Raises: LCCoError for an unknown name, missing weights (naming the file to download) or a file that does not fit.
     """
-    trained = _trained_backbone(name, weights)
-    net = classifier(name, trained[0] if trained else weights)
+    if about := about_start(weights, "model.weights"):
+        return _backbone_of(name, model_file(weights, "model.weights"), about, frozen_stages)
+    net = classifier(name, weights)
     if name == "efficientnet_lite2":
         blocks = list(net.blocks)
         stages = [[net.conv_stem, net.bn1, *blocks[:2]], blocks[2:3], blocks[3:5], blocks[5:7]]
@@ -116,7 +118,7 @@ def make_backbone(name: str, weights: str | None, frozen_stages: int = 0) -> Bac
         stem = [net.conv1, net.bn1, getattr(net, "act1", None) or net.relu, net.maxpool]
         stages = [[*stem, net.layer1], [net.layer2], [net.layer3], [net.layer4]]
     channels, (mean, std), size = _SPECS[name]
-    backbone = Backbone(
+    return Backbone(
         name=name,
         stages=[nn.Sequential(*stage) for stage in stages],
         channels=channels,
@@ -126,32 +128,20 @@ def make_backbone(name: str, weights: str | None, frozen_stages: int = 0) -> Bac
         frozen_stages=frozen_stages,
         keep_statistics=weights is not None,
     )
-    if trained:  # over the stages that it kept frozen, and so does not hold
-        missing = backbone.load_state_dict(trained[1], strict=False).missing_keys
-        if trained[0] is None and missing:
-            raise LCCoError(f"{weights}: its frozen backbone was random and is not in it ({len(missing)} tensors)")
-    return backbone
 
 
-def _trained_backbone(name: str, weights: str | None) -> tuple[str | None, dict[str, Tensor]] | None:
-    """(the weights it started from, the stages it trained) of a model that lcco trained; None for other weights."""
-    if weights in (None, "imagenet", "package"):
-        return None
-    file = weights_file(name, weights)
-    if file.suffix != ".safetensors":
-        return None
-    from safetensors import safe_open
-
-    state = read_tensors(file)  # names the file if it is absent or damaged
-    with safe_open(file, "pt") as f:
-        about = json.loads((f.metadata() or {}).get("lcco", "{}"))
-    if not about:
-        return None
+def _backbone_of(name: str, file: Path, about: dict[str, Any], frozen_stages: int) -> Backbone:
+    """The backbone of a model that lcco trained: its own stages over what it started from and kept frozen."""
     model = about["experiment"]["model"]
     if model["backbone"] != name:
         raise LCCoError(f"{file}: a model with the backbone {model['backbone']}, not {name}; set `model.backbone`")
-    start = "backbone."
-    return model["weights"], {k.removeprefix(start): v.float() for k, v in state.items() if k.startswith(start)}
+    backbone = make_backbone(name, model["weights"], frozen_stages)
+    state = {k.removeprefix("backbone."): v for k, v in read_tensors(file).items() if k.startswith("backbone.")}
+    missing = backbone.load_state_dict(state, strict=False).missing_keys
+    if model["weights"] is None and missing:
+        raise LCCoError(f"{file}: its frozen backbone was random and is not in it ({len(missing)} tensors)")
+    backbone.keep_statistics = True
+    return backbone.train()
 
 
 def classifier(name: str, weights: str | None, classes: int | None = None) -> nn.Module:
@@ -221,6 +211,33 @@ def model_file(name: str, setting: str) -> Path:
     if not (found := [f for f in files if f.is_file()]):
         raise LCCoError(f"`{setting}: {name}`: {run} holds no trained model; train that run first")
     return found[0]
+
+
+def about_start(name: str | None, setting: str) -> dict[str, Any] | None:
+    """The description inside the model that `model.weights` or `train.start` names; None where it is no lcco model."""
+    if name in (None, "imagenet", "package"):
+        return None
+    file = model_file(name, setting)
+    try:
+        return read_about(file)
+    except LCCoError:  # another network's weights, or damaged: whoever reads its tensors says so
+        return None
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """The description inside a model file. Raises: LCCoError naming a file that is absent, cut short or not lcco's."""
+    from safetensors import safe_open
+
+    if not Path(path).is_file():
+        raise LCCoError(f"{path}: no such model file")
+    try:
+        with safe_open(path, "pt") as f:
+            return json.loads((f.metadata() or {})["lcco"])
+    except KeyError:
+        raise LCCoError(f"{path}: holds no lcco model (no description inside)") from None
+    except Exception as error:  # safetensors has its own exception for a cut file
+        why = f"not readable as a model ({type(error).__name__}, {Path(path).stat().st_size:,} bytes)"
+        raise LCCoError(f"{path}: {why}; perhaps cut short: get it again, or remove it and train again") from None
 
 
 def _fill(net: nn.Module, name: str, state: dict[str, Tensor], source: Path, head: bool) -> None:

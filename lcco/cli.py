@@ -132,12 +132,13 @@ def _train(args: argparse.Namespace) -> None:
         print(f"{run.path}: {run.record['note']}")
         return
     run = get_run(experiment, tensorboard=args.tensorboard)
-    print(f"{run.path} ({duration(run.record['seconds'])})")
+    print(f"{run.path} ({duration(run.record['seconds']) if 'seconds' in run.record else run.record['note']})")
 
 
 def _evaluate(args: argparse.Namespace) -> None:
     from tabulate import tabulate
 
+    from lcco.data import load_data
     from lcco.evaluate import CHOICE
     from lcco.metrics import get_protocol
     from lcco.runs import open_run
@@ -149,7 +150,11 @@ def _evaluate(args: argparse.Namespace) -> None:
             get_protocol(name)
     if args.group_size < 1:
         raise LCCoError(f"--group-size {args.group_size}: must be 1 or more")
-    found = open_run(args.name).evaluate(args.data, protocols, args.group_size, allow_overlap=args.allow_overlap)
+    run, data = open_run(args.name), load_data(args.data)
+    seen = run.overlap(data)
+    if not seen or args.allow_overlap:  # else the refusal says it
+        print(f"{data.name}: {seen} of {len(data)} pictures are in the training data", file=sys.stderr)
+    found = run.evaluate(data, protocols, args.group_size, allow_overlap=args.allow_overlap)
     rows = [{"data": e.data, "protocol": p, "set size": e.group_size, **per_cent(e.summary)} for p, e in found.items()]
     print(tabulate(rows, headers="keys", tablefmt="pipe", floatfmt=".1f"))
 

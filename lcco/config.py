@@ -100,7 +100,7 @@ class TrainConfig:
 
 
 # Settings younger than the first published runs: at their default they leave the hash alone, so those keep their names.
-LATER = (("loss", "v_gt", "tower"), ("train", "start", None))
+LATER = (("loss", "v_gt"), ("train", "start"))
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,8 @@ class Experiment:
     def hash(self) -> str:
         """Content hash over every field but the name, and but those of `LATER` at their default."""
         tree = {k: v for k, v in asdict(self).items() if k != "name"}
-        for part, name, default in LATER:
-            if tree[part][name] == default:
+        for part, name in LATER:
+            if tree[part][name] == getattr(type(getattr(self, part)), name):
                 tree[part] = {k: v for k, v in tree[part].items() if k != name}
         return digest(tree, 10)
 

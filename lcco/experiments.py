@@ -344,7 +344,8 @@ def class_results(profile: Profile, table: str = "per_class") -> Results:
 
     Under the first protocol on every test set, and under `choice` where the profile has that test. A row: one class of
     one test set; `training` says whether training had it, under any of its names (`seen` or `new`), and `trained_on` on
-    how many pictures. The last rows of a test set are the means over its classes of either kind.
+    how many pictures. The last rows of a test set are the means over its classes that were trained on `MANY` pictures
+    or more, on fewer, on none.
     """
     from lcco.data import load_data
     from lcco.semantics import target_word

@@ -15,12 +15,13 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lcco.backbones import read_tensors
+from lcco.backbones import read_about, read_tensors
 from lcco.common import (
     LCCoError,
     digest,
@@ -44,8 +45,8 @@ from lcco.train import (
     deterministic,
     load_model,
     prepare,
-    read_about,
     train,
+    trained_on,
     training_threads,
 )
 
@@ -144,9 +145,26 @@ class Run:
         predictor = load_model(self.weights, inputs=self._inputs)
         return Predictor(predictor.model, self._inputs, gt=gt, k=k, flip=flip)
 
+    @cached_property
+    def training_data(self) -> CoSegData:
+        """Every picture that the model, or what it started from, was trained on.
+
+        Of a start's own sets those that are not on this machine are named, and left out.
+        """
+        there = list(self.experiment.data.train)
+        for name in self.record.get("trained_on", ()):
+            try:
+                if name not in there:
+                    load_data(name, self.data_root)
+                    there.append(name)
+            except LCCoError:
+                what = f"{self.path.name}: what it started from was trained on {name} as well, which is not here"
+                print(f"{what}; pictures of it cannot be told", file=sys.stderr, flush=True)
+        return load_data("+".join(there), self.data_root)
+
     def overlap(self, test: CoSegData) -> int:
         """How many pictures of `test`, by content or look, the model was trained on."""
-        training = load_data("+".join(self.experiment.data.train), self.data_root)
+        training = self.training_data
         file = place("cache") / f"overlap-{digest([training.digest(), test.digest()], 16)}.json"
         if not file.is_file():  # once a pair of sets: every picture of both must be looked at
             write_json(file, {"test": test.name, "pictures": len({b for _, b in overlap(training, test)})})
@@ -213,7 +231,23 @@ def get_run(
             seconds = round(time.monotonic() - began, 1)
             more = {"training": summary, "seconds": seconds, "peak_memory_mb": _peak_memory_mb()}
             _write_record(Run(path, experiment, data_root=data_root), environment(), inputs, data, more)
-    return _run(path, record_file, data_root, inputs)
+    run = _run(path, record_file, data_root, inputs)
+    _same_pictures(run)
+    return run
+
+
+def _same_pictures(run: Run) -> None:
+    """A folder that was added to has the same name: its run would be taken for one on what the folder holds now."""
+    try:
+        data = load_data("+".join(run.experiment.data.train), run.data_root)
+    except LCCoError:  # the data are gone; the run still tells its scores
+        return
+    known = run.record["data"]
+    if known["digest"] != data.digest():
+        raise LCCoError(
+            f"{run.path}: was trained on other pictures ({known['images']}) than {data.name} holds now ({len(data)}); "
+            "remove it to train again, or give the new run another name (`--set name=…`)"
+        )
 
 
 def _write_record(run: Run, made: dict[str, Any], inputs: Inputs, data: CoSegData, more: dict[str, Any]) -> None:
@@ -224,7 +258,7 @@ def _write_record(run: Run, made: dict[str, Any], inputs: Inputs, data: CoSegDat
             "data": {"name": data.name, "images": len(data), "digest": data.digest()},
             "tower": inputs.tower.identity, "backbone": inputs.backbone.identity,
             "vocabulary_hash": inputs.vocabulary_hash, "weights": run.weights.name,
-            "weights_sha256": file_digest(run.weights, 64), **more,
+            "weights_sha256": file_digest(run.weights, 64), "trained_on": trained_on(run.experiment), **more,
         },
     )  # fmt: skip
 
@@ -409,6 +443,7 @@ def release(
         # A file of this machine: the model brings its whole backbone along instead.
         state |= {f"backbone.{k}": v for k, v in run.predictor().model.backbone.state_dict().items()}
         about["experiment"]["model"] |= {"weights": None, "frozen_stages": 0}
+        about["experiment"]["train"]["start"] = None  # what it saw stands in `trained_on`
     # What belongs to a channel (normalisation's variances above all) may be too large for half precision, and is small.
     half = {k: v.half() if v.is_floating_point() and v.ndim > 1 else v for k, v in state.items()}
     save_tensors(out, half, about)
@@ -417,7 +452,7 @@ def release(
     predictor, rows = load_model(out, inputs=inputs), []
     for test in dict.fromkeys((*tests, *choice)):
         data = load_data(test, run.data_root)
-        refuse_overlap(load_data("+".join(e.data.train), run.data_root), data)
+        refuse_overlap(run.training_data, data)
         inputs.prepare(data)
         protocols = ["ufo", "native"] * (test in tests)
         ours = evaluate_all(predictor, data, protocols, what="released model on") if protocols else {}

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lcco.backbones import model_file, read_tensors
+from lcco.backbones import about_start, model_file, read_about, read_tensors
 from lcco.common import LCCoError, atomic_path, progress
 from lcco.config import Experiment, build
 from lcco.data import CoSegData, GroupSampler, load_data
@@ -40,14 +40,15 @@ def build_model(experiment: Experiment, inputs: Inputs) -> LCCo:
         ).to(memory_format=torch.channels_last)  # fmt: skip
 
 
-def _begin_from(model: LCCo, start: str) -> None:
-    """Fill all but the backbone with another model's weights (`train.start`). Raises: LCCoError if it differs."""
-    file = model_file(start, "train.start")
+def _begin_from(model: LCCo, experiment: Experiment, inputs: Inputs) -> None:
+    """Fill all but the backbone with the weights of `train.start`. Raises: LCCoError if that model is another."""
+    file = model_file(experiment.train.start, "train.start")
+    _check_words(file, read_about(file), experiment, inputs)
     own = {k: v for k, v in model.state_dict().items() if not k.startswith("backbone.")}
     state = read_tensors(file)
     if wrong := [k for k, v in own.items() if k not in state or state[k].shape != v.shape]:
         raise LCCoError(f"{file}: not a model of these settings: `{wrong[0]}` differs ({len(wrong)} tensors)")
-    model.load_state_dict({k: state[k].to(v.dtype) for k, v in own.items()}, strict=False)
+    model.load_state_dict({k: state[k] for k in own}, strict=False)
 
 
 def learning_rate(experiment: Experiment, step: int) -> float:
@@ -140,23 +141,18 @@ def save_weights(path: Path, state: dict[str, Tensor], experiment: Experiment, i
         "experiment": asdict(experiment), "vocabulary_hash": inputs.vocabulary_hash, "words": inputs.words,
         "tower": inputs.tower.identity, "backbone": inputs.backbone.identity, **about,
     }  # fmt: skip
+    if (seen := trained_on(experiment)) != list(experiment.data.train):
+        about["trained_on"] = seen
     save_tensors(path, {k: v.detach().cpu() for k, v in state.items()}, about)
 
 
-def read_about(path: Path) -> dict[str, Any]:
-    """The description inside a model file. Raises: LCCoError naming a file that is absent, cut short or not lcco's."""
-    from safetensors import safe_open
-
-    if not Path(path).is_file():
-        raise LCCoError(f"{path}: no such model file")
-    try:
-        with safe_open(path, "pt") as f:
-            return json.loads((f.metadata() or {})["lcco"])
-    except KeyError:
-        raise LCCoError(f"{path}: holds no lcco model (no description inside)") from None
-    except Exception as error:  # safetensors has its own exception for a cut file
-        why = f"not readable as a model ({type(error).__name__}, {Path(path).stat().st_size:,} bytes)"
-        raise LCCoError(f"{path}: {why}; perhaps cut short: get it again, or remove it and train again") from None
+def trained_on(experiment: Experiment) -> list[str]:
+    """The names of every set that an experiment's weights have seen: its own, and those of what they start from."""
+    names = list(experiment.data.train)
+    for name, setting in ((experiment.model.weights, "model.weights"), (experiment.train.start, "train.start")):
+        if about := about_start(name, setting):
+            names += about.get("trained_on") or about["experiment"]["data"]["train"]
+    return list(dict.fromkeys(names))
 
 
 def load_model(path: Path, *, device: str = "cpu", inputs: Inputs | None = None, **changes: Any) -> Predictor:
@@ -167,13 +163,7 @@ def load_model(path: Path, *, device: str = "cpu", inputs: Inputs | None = None,
     about = read_about(path)
     experiment = build(Experiment, about["experiment"]).replace(changes)
     inputs = inputs or Inputs(experiment, device=device)
-    tied = experiment.model.clip_regularization and experiment.model.mlp3 == "vocabulary"
-    if tied and inputs.vocabulary_hash != about["vocabulary_hash"]:
-        raise LCCoError(
-            f"{path}: trained with another vocabulary ({len(about['words'])} words, {about['vocabulary_hash']}) than "
-            f"`{experiment.tower.vocabulary}` ({len(inputs.words)} words, {inputs.vocabulary_hash}); MLP3's "
-            "weights are tied to the words and their order: use that vocabulary, or train again"
-        )
+    _check_words(path, about, experiment, inputs)
     model = build_model(experiment, inputs)
     state = {k: v.float() if v.is_floating_point() else v for k, v in read_tensors(path).items()}
     missing = set(trained_state(model)) - set(state)
@@ -181,6 +171,16 @@ def load_model(path: Path, *, device: str = "cpu", inputs: Inputs | None = None,
         raise LCCoError(f"{path}: does not fit its own settings: {len(missing)} tensors missing, {min(missing)} first")
     model.load_state_dict(state, strict=False)
     return Predictor(model.eval(), inputs)
+
+
+def _check_words(path: Path, about: dict[str, Any], experiment: Experiment, inputs: Inputs) -> None:
+    tied = experiment.model.clip_regularization and experiment.model.mlp3 == "vocabulary"
+    if tied and inputs.vocabulary_hash != about["vocabulary_hash"]:
+        raise LCCoError(
+            f"{path}: trained with another vocabulary ({len(about['words'])} words, {about['vocabulary_hash']}) than "
+            f"`{experiment.tower.vocabulary}` ({len(inputs.words)} words, {inputs.vocabulary_hash}); MLP3's "
+            "weights are tied to the words and their order: use that vocabulary, or train again"
+        )
 
 
 @contextlib.contextmanager
@@ -254,8 +254,9 @@ def _train(
     if tensorboard:
         accelerator.init_trackers("tensorboard")
     model = build_model(experiment, inputs)
-    if t.start:
-        _begin_from(model, t.start)
+    checkpoint = folder / "checkpoint.pt"
+    if t.start and not checkpoint.is_file():
+        _begin_from(model, experiment, inputs)
     model.to(accelerator.device)
     of_backbone = [p for p in model.backbone.parameters() if p.requires_grad]
     rest = [p for n, p in model.named_parameters() if p.requires_grad and not n.startswith("backbone.")]
@@ -266,7 +267,6 @@ def _train(
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(experiment, step))
     ema = {k: v.detach().clone() for k, v in trained_state(model).items()} if t.ema else None
     state: dict[str, Any] = {"step": 0, "best": -1.0, "best_step": 0, "seconds": 0.0}
-    checkpoint = folder / "checkpoint.pt"
     if checkpoint.is_file():
         saved = _read_checkpoint(checkpoint)
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -60,13 +61,23 @@ def test_trains_evaluates_and_refuses_pictures_it_was_trained_on(place: Path, ca
     config = json.loads((run / "config.json").read_text())
     assert (config["model"]["k"], config["seed"], config["name"]) == (3, 7, "drawn")
     assert cli.main(["evaluate", run.name, "--data", "msrc7", "--protocol", "ufo,native", "--group-size", "2"]) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    printed = capsys.readouterr()
+    assert "msrc7: 0 of 14 pictures are in the training data" in printed.err
+    lines = [line for line in printed.out.splitlines() if line.startswith("|")]
     heads = [h.strip() for h in lines[0].strip("|").split("|")]
     rows = [dict(zip(heads, (c.strip() for c in line.strip("|").split("|")), strict=True)) for line in lines[2:]]
     assert [r["protocol"] for r in rows] == ["ufo", "native"] and {r["images"] for r in rows} == {"14"}
     assert all(0 <= float(r["J"]) <= 100 for r in rows)
     assert "voc_train" in says(capsys, "evaluate", run.name, "--data", "voc_train")
     assert cli.main(["evaluate", str(run), "--data", "voc_train", "--allow-overlap"]) == 0
+    said = re.search(r"voc_train: (\d+) of (\d+) pictures are in the training data", capsys.readouterr().err)
+    seen, of = said.groups()
+    assert seen == of != "0"
+    record = json.loads((run / "record.json").read_text())  # as `--close` leaves one
+    del record["seconds"]
+    (run / "record.json").write_text(json.dumps(record | {"note": "stopped after step 1"}))
+    assert cli.main(["train", "--profile", profile, "--set", "model.k=3", "--set", "seed=7"]) == 0
+    assert "stopped after step 1" in capsys.readouterr().out
 
 
 def test_dry_run_says_size_and_time_and_trains_nothing(place: Path, capsys: pytest.CaptureFixture):
