@@ -339,21 +339,23 @@ def against(rows: Sequence[Mapping[str, Any]], reference: str, metric: str = "J"
 MANY = 100  # pictures of a class, from which on training knows it well
 
 
-def class_results(profile: Profile, table: str = "per_class") -> Results:
+def class_results(profile: Profile, table: str = "per_class", *, choice: bool = False) -> Results:
     """J of Baseline and LCCo class by class, each seed, from the images' stored scores.
 
-    Under the first protocol on every test set, and under `choice` where the profile has that test. A row: one class of
-    one test set; `training` says whether training had it, under any of its names (`seen` or `new`), and `trained_on` on
-    how many pictures. The last rows of a test set are the means over its classes that were trained on `MANY` pictures
-    or more, on fewer, on none.
+    Under the first protocol on every test set; or, with `choice`, of the group-choice test. A row: one class of one
+    test set; `training` says whether training had it, under any of its names (`seen` or `new`), and `trained_on` in how
+    many pictures. The last rows of a test set are the means over its classes with `MANY` such pictures or more, with
+    fewer, and with none.
     """
     from lcco.data import load_data
     from lcco.semantics import target_word
 
-    protocol = profile.protocols[0]
-    found = collect(profile, table, main_variants(profile), protocols=[protocol])
-    plain = [r for r in (*found.rows, *choice_results(profile, table).rows) if r["row"] == "LCCo"]
-    found.rows = []
+    protocol = "choice" if choice else profile.protocols[0]
+    if choice:
+        found = choice_results(profile, table)
+    else:
+        found = collect(profile, table, main_variants(profile), protocols=[protocol])
+    plain, found.rows = [r for r in found.rows if r["row"] == "LCCo"], []
     try:
         groups = load_data("+".join(profile.experiment.data.train)).groups if found.runs else {}
     except LCCoError:  # the model was trained before, and its data are gone
@@ -368,7 +370,7 @@ def class_results(profile: Profile, table: str = "per_class") -> Results:
         J: dict[str, dict[str, list[float]]] = {}
         for model in ("Baseline", "LCCo"):
             if run := found.runs.get((model, like["seed"])):
-                for r in run.evaluate(like["test_set"], like["protocol"], profile.group_size)[like["protocol"]].rows:
+                for r in run.evaluate(like["test_set"], protocol, profile.group_size)[protocol].rows:
                     J.setdefault(r["class"], {}).setdefault(model, []).append(r["J"])
         of_kind: dict[str, list[dict[str, float | None]]] = {}
         for cls, own in J.items():

@@ -37,7 +37,7 @@ LABELS = {
     "voc_val": "VOC val", "coco_seg": "COCO", "pascal_fold_train": "PASCAL (60%)", "pascal_fold_test": "PASCAL (40%)",
     "paper_P": "paper P", "paper_J": "paper J", "row": "", "test_set": "test set", "train_set": "trained on",
     "group_size": "set size", "change_P": "P change", "change_J": "J change",
-    "J_Baseline": "Baseline J", "J_LCCo": "LCCo J", "scored": "", "top_1": "top-1",
+    "trained_on": "trained on", "J_Baseline": "Baseline J", "J_LCCo": "LCCo J", "scored": "", "top_1": "top-1",
     "top_k": "top-K", "i_star": "i*", "false_alarms": "false alarms", "empty_area": "area there",
     "J_nonempty": "J elsewhere", "absent": "images without the object:",
 }  # fmt: skip
@@ -490,8 +490,9 @@ def read_table(csv: Path) -> Table:
 
 # What a reader looks for first; the rest follows by name.
 ORDER = (
-    "table1_main", "choice", "per_class", "words", "mixed_sets", "table2_components", "table3_losses", "table4_k",
-    "table4_k_test_time", "more_images", "table5_foundation", "fig3_norms", "cost", "interpretations",
+    "table1_main", "choice", "per_class", "per_class_choice", "words", "mixed_sets",
+    "table2_components", "table3_losses", "table4_k", "table4_k_test_time",
+    "more_images", "table5_foundation", "fig3_norms", "cost", "interpretations",
 )  # fmt: skip
 
 

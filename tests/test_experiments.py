@@ -295,6 +295,7 @@ def test_absent_data_become_rows_that_say_so(tiny: Profile, tmp_path: Path, monk
         experiments.ablate(away, "t", main_variants(away)), experiments.k_at_test_time(away, [1]),
         experiments.more_images(away, [1, 8]), experiments.feature_rows(away), experiments.readings(away),
         experiments.class_results(away), experiments.word_results(away), experiments.absent_results(away),
+        experiments.class_results(away, choice=True),
     ):  # fmt: skip
         assert found.rows and not found.runs
         assert all(r["status"].startswith("not run: data not found (") and r["J"] is None for r in found.rows)
@@ -343,13 +344,13 @@ def test_classes_words_and_mixed_sets_are_counted_from_the_same_runs(tiny: Profi
         "0 images", "4 images", "4 images", "0 images",  # faces: persons
     ]  # fmt: skip
     assert rows["new"]["J_LCCo"] == pytest.approx((rows["cow"]["J_LCCo"] + rows["zebra"]["J_LCCo"]) / 2, abs=1e-3)
-    by_choice = [r for r in found.rows if r["protocol"] == "choice"]
+    by_choice = experiments.class_results(tiny, "per_class_choice", choice=True).rows
     (summary,) = [r for r in experiments.choice_results(tiny).rows if r["row"] == "LCCo"]
     classes = [r for r in by_choice if r["row"] != "mean"]
     assert {r["row"] for r in classes} and "leak" not in classes[0]
     mean = sum(r["images"] * r["J_LCCo"] for r in classes) / sum(r["images"] for r in classes)
     assert mean == pytest.approx(summary["J"], abs=1e-3)
-    away = next(r for r in found.rows if r["test_set"] == "msrc7")
+    away = found.rows[-1]
     assert away["status"] == "not run: data not found (msrc7)" and away["test_set"] == "msrc7"
     assert away["J_LCCo"] is None
 

@@ -21,7 +21,7 @@ from lcco.tables import MEASURED, read_table
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 WITH_SET = {  # what each notebook must write; figures below
-    "01_main_results": ["table1_main", "choice", "per_class", "words", "mixed_sets"],
+    "01_main_results": ["table1_main", "choice", "per_class", "per_class_choice", "words", "mixed_sets"],
     "02_component_ablation": ["table2_components"],
     "03_loss_ablation": ["table3_losses"], "04_k_sweep": ["table4_k", "table4_k_test_time"],
     "05_more_images": ["more_images"], "06_foundation_models": ["table5_foundation"],
