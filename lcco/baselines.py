@@ -957,7 +957,7 @@ def score(
     folder = place("cache") / "baselines" / f"{slug}-{baseline.identity}"
     files = {}
     for p in dict.fromkeys(protocols):
-        key = digest([data.digest(), p, group_size, seed], 10)
+        key = digest([data.identity(), p, group_size, seed], 10)
         files[p] = folder / f"{data.name}-{p}-{key}.json".replace("/", "_").replace(":", "_")
     missing = [p for p in files if not files[p].is_file()]
     if missing:

@@ -215,6 +215,28 @@ class CoSegData:
             self._digest = digest(list(zip(self.keys, self._contents(range(len(self))), strict=True)))
         return self._digest
 
+    def truth_digest(self) -> str:
+        """A hash over every item's mask file; empty for drawn sets, whose keys say what is drawn.
+
+        Raises: LCCoError naming the first item without a mask.
+        """
+        if "_truth_digest" not in self.__dict__:
+            found = self._truth_contents(range(len(self)))
+            self._truth_digest = digest(found) if any(found) else ""
+        return self._truth_digest
+
+    def _truth_contents(self, items: Sequence[int]) -> list[str]:
+        if type(self).truth_path is CoSegData.truth_path:
+            return [""] * len(items)
+        return file_index("masks", [self.truth_path(i) for i in items], lambda p: file_digest(p, 16), "hashing masks")
+
+    def identity(self) -> str:
+        """A hash over pictures and masks: the name of what was made from both, so that edited masks make it anew."""
+        if "_identity" not in self.__dict__:
+            truths = self.truth_digest()
+            self._identity = digest([self.digest(), truths]) if truths else self.digest()
+        return self._identity
+
     def hashes(self) -> list[int]:
         """Every item's `picture_hash`."""
         if "_hashes" not in self.__dict__:
@@ -281,6 +303,9 @@ class _View(CoSegData):
 
     def _contents(self, items: Sequence[int]) -> list[str]:
         return self._gather(items, lambda data, own: data._contents(own))
+
+    def _truth_contents(self, items: Sequence[int]) -> list[str]:
+        return self._gather(items, lambda data, own: data._truth_contents(own))
 
     def _picture_hashes(self, items: Sequence[int]) -> list[int]:
         return self._gather(items, lambda data, own: data._picture_hashes(own))
@@ -475,6 +500,7 @@ class COCOData(CoSegData):
             raise LCCoError(f"data `{name}`: no {root / 'annotations' / 'instances_train2017.json'}")
         file = next((f for f in files if f.stem == "instances_train2017"), files[0])
         fold = file.stem.removeprefix("instances_")
+        self.file = file
         self.root = next((d for d in (root / fold, root / "images" / fold) if d.is_dir()), root / fold)
         if not self.root.is_dir():
             raise LCCoError(f"data `{name}`: {file.name} is there, its pictures {self.root} are not")
@@ -507,6 +533,9 @@ class COCOData(CoSegData):
 
     def path(self, i: int) -> Path:
         return self.root / self.coco.imgs[self.ids[i]]["file_name"]
+
+    def _truth_contents(self, items: Sequence[int]) -> list[str]:
+        return file_index("masks", [self.file], lambda p: file_digest(p, 16), "hashing annotations") * len(items)
 
     def labels_of(self, i: int) -> frozenset[str]:
         return frozenset(self.coco.cats[a["category_id"]]["name"] for a in self.coco.imgToAnns[self.ids[i]])

@@ -435,7 +435,7 @@ def word_accuracy(run: Run, test: str, group_size: int = 5, protocol: str = "ufo
                 own["i_star"] += int(got.best[0]) == true[c]
         return out
 
-    return _kept(run, data, "words", [data.digest(), "words", protocol, group_size], measure)
+    return _kept(run, data, "words", [data.identity(), "words", protocol, group_size], measure)
 
 
 def word_results(profile: Profile, table: str = "words") -> Results:
@@ -481,7 +481,7 @@ def mixed_sets(run: Run, test: str, group_size: int = 5) -> dict[int, dict[str, 
         found = evaluate_absent(predictor, data, _lacking(group_size), group_size)
         return {str(k): ev.summary for k, ev in found.items()}
 
-    kept = _kept(run, data, "mixed", [data.digest(), "mixed sets", group_size], measure)
+    kept = _kept(run, data, "mixed", [data.identity(), "mixed sets", group_size], measure)
     return {int(k): summary for k, summary in kept.items()}
 
 
@@ -562,7 +562,7 @@ def feature_quality(run: Run, test: str, group_size: int = 5) -> dict[str, Any]:
                  for o, d in sums.items()}  # fmt: skip
         return {"data": data.name, "images": images, **means}
 
-    return _kept(run, data, "features", [data.digest(), "feature quality", group_size], measure)
+    return _kept(run, data, "features", [data.identity(), "feature quality", group_size], measure)
 
 
 def _kept(run: Run, data: CoSegData, name: str, recipe: list[Any], measure: Callable[[], Any]) -> Any:

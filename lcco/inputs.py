@@ -97,11 +97,11 @@ class Inputs:
 
     def truth(self, data: CoSegData, i: int, classes: tuple[str, ...]) -> np.ndarray:
         """uint8 [S, S] of {0, 1, 255 = void}: the truth of item i as a square, remembered."""
-        return self._truth(self._known(data), i, classes)
+        return self._truth(self._known(data, data.identity()), i, classes)
 
-    def _known(self, data: CoSegData) -> str:
-        self._sets.setdefault(data.digest(), data)
-        return data.digest()
+    def _known(self, data: CoSegData, key: str) -> str:
+        self._sets.setdefault(key, data)
+        return key
 
     def _read_truth(self, key: str, i: int, classes: tuple[str, ...]) -> np.ndarray:
         data, stored = self._sets[key], self._truths.get(key)
@@ -110,11 +110,11 @@ class Inputs:
 
     def _rows(self, data: CoSegData) -> dict[tuple[int, tuple[str, ...]], int]:
         """Every (item, class) that a group can ask for → its row in the stores below."""
-        if data.digest() not in self._pairs:
+        if data.identity() not in self._pairs:
             # By item, so that a picture with several classes is read once.
             pairs = sorted((i, (c,)) for c, items in data.groups.items() for i in items)
-            self._pairs[data.digest()] = {pair: n for n, pair in enumerate(pairs)}
-        return self._pairs[data.digest()]
+            self._pairs[data.identity()] = {pair: n for n, pair in enumerate(pairs)}
+        return self._pairs[data.identity()]
 
     def _read_square(self, key: str, i: int) -> np.ndarray:
         return load_square(self._sets[key], i, self.size)
@@ -133,9 +133,9 @@ class Inputs:
     def _store_truths(self, data: CoSegData) -> None:
         """Keep the training truths as squares on disk (sets up to `MEMO_BYTES`): decoding costs more than a step."""
         pairs = self._rows(data)
-        if data.digest() in self._truths or len(pairs) * self.size**2 > MEMO_BYTES:
+        if data.identity() in self._truths or len(pairs) * self.size**2 > MEMO_BYTES:
             return
-        path = place("cache") / f"truths-{digest([data.digest(), self.size, 'by item'], 16)}.npy"
+        path = place("cache") / f"truths-{digest([data.identity(), self.size, 'by item'], 16)}.npy"
         with file_lock(path.with_suffix(".lock"), f"waiting for another process to read the masks of {data.name}"):
             if not path.is_file():
                 with atomic_path(path) as part:
@@ -143,22 +143,22 @@ class Inputs:
                     for (i, classes), n in progress(pairs.items(), f"reading masks of {data.name}"):
                         out[n] = mask_square(data, i, classes, self.size)
                     out.flush()
-        self._truths[data.digest()] = np.load(path, mmap_mode="r")
+        self._truths[data.identity()] = np.load(path, mmap_mode="r")
 
     def _store_masked(self, data: CoSegData) -> None:
         """Keep the masked pictures' embeddings in one file: looking each up needs its mask, which must be decoded."""
         pairs = self._rows(data)
-        if all((data.digest(), *p) in self._masked for p in pairs):
+        if all((data.identity(), *p) in self._masked for p in pairs):
             return
-        recipe = [data.digest(), self.tower.identity, self.experiment.loss.mask_background, "by item"]
+        recipe = [data.identity(), self.tower.identity, self.experiment.loss.mask_background, "by item"]
         path = place("cache") / f"masked-{digest(recipe, 16)}.npy"
         with file_lock(path.with_suffix(".lock"), f"waiting for another process to embed objects of {data.name}"):
             if not path.is_file():
                 self._embed_masked(data, list(pairs))
                 with atomic_path(path) as part, open(part, "wb") as f:
-                    np.save(f, np.stack([self._masked[(data.digest(), *p)].numpy() for p in pairs]))
+                    np.save(f, np.stack([self._masked[(data.identity(), *p)].numpy() for p in pairs]))
         for p, vector in zip(pairs, torch.from_numpy(np.load(path)), strict=True):
-            self._masked[(data.digest(), *p)] = vector
+            self._masked[(data.identity(), *p)] = vector
 
     def _store(self, data: CoSegData, flip: bool) -> list[np.ndarray]:
         """The memory-mapped maps [n·(1 or 2), h, w, C] of a set; the flipped half follows the plain one."""
@@ -229,7 +229,7 @@ class Inputs:
             ).float()
             for (i, c), vector, mask in zip(part, vectors, masks, strict=True):
                 # An image without the object says nothing about the class.
-                self._masked[data.digest(), i, c] = vector if (mask == 1).any() else torch.zeros_like(vector)
+                self._masked[data.identity(), i, c] = vector if (mask == 1).any() else torch.zeros_like(vector)
 
     # ------------------------------------------------------------------------------------------------- tensors
     def _tensor(
@@ -239,8 +239,10 @@ class Inputs:
         squares = []
         for n, i in enumerate(items):
             crop, flip = crops[n] if crops else None, bool(flips and flips[n])
-            memo = keep and not crop
-            square = self._square(self._known(data), i) if memo else load_square(data, i, self.size, crop)
+            if keep and not crop:
+                square = self._square(self._known(data, data.digest()), i)
+            else:
+                square = load_square(data, i, self.size, crop)
             squares.append(square[:, ::-1] if flip else square)
         return torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).float().div_(255)
 
@@ -282,8 +284,8 @@ class Inputs:
             true = torch.tensor([self._own_word(d.classes) for d in draws])
         elif self._v_gt == "tower":
             pairs = [(i, d.classes) for d in draws for i in d.items]
-            self._embed_masked(data, list({p for p in pairs if (data.digest(), *p) not in self._masked}))
-            masked = _pad(torch.stack([self._masked[(data.digest(), *p)] for p in pairs]), present)
+            self._embed_masked(data, list({p for p in pairs if (data.identity(), *p) not in self._masked}))
+            masked = _pad(torch.stack([self._masked[(data.identity(), *p)] for p in pairs]), present)
             true = true_class(masked, self.prompts, present)
 
         return Batch(

@@ -171,7 +171,7 @@ class Run:
         return json.loads(file.read_text())["pictures"]
 
     def _score_file(self, data: CoSegData, protocol: str, group_size: int, *settings: Any) -> Path:
-        key = digest([data.digest(), protocol, group_size, *settings, self.sha], 10)
+        key = digest([data.identity(), protocol, group_size, *settings, self.sha], 10)
         return self.path / "evaluations" / f"{data.name}-{protocol}-{group_size}-{key}.json".replace("/", "_")
 
     def scored(self, test: str, protocols: Sequence[str], group_size: int = 5) -> bool:
@@ -237,17 +237,18 @@ def get_run(
 
 
 def _same_pictures(run: Run) -> None:
-    """A folder that was added to has the same name: its run would be taken for one on what the folder holds now."""
+    """A folder that was edited has the same name: its run would be taken for one on what the folder holds now."""
     try:
         data = load_data("+".join(run.experiment.data.train), run.data_root)
     except LCCoError:  # the data are gone; the run still tells its scores
         return
     known = run.record["data"]
+    mend = "remove it to train again, or give the new run another name (`--set name=…`)"
     if known["digest"] != data.digest():
-        raise LCCoError(
-            f"{run.path}: was trained on other pictures ({known['images']}) than {data.name} holds now ({len(data)}); "
-            "remove it to train again, or give the new run another name (`--set name=…`)"
-        )
+        held = f"({known['images']}) than {data.name} holds now ({len(data)})"
+        raise LCCoError(f"{run.path}: was trained on other pictures {held}; {mend}")
+    if "masks" in known and known["masks"] != data.truth_digest():
+        raise LCCoError(f"{run.path}: masks of {data.name} were edited since it was trained; {mend}")
 
 
 def _write_record(run: Run, made: dict[str, Any], inputs: Inputs, data: CoSegData, more: dict[str, Any]) -> None:
@@ -255,7 +256,7 @@ def _write_record(run: Run, made: dict[str, Any], inputs: Inputs, data: CoSegDat
         run.path / "record.json",
         {
             "experiment": asdict(run.experiment), "hash": run.experiment.hash, "environment": made,
-            "data": {"name": data.name, "images": len(data), "digest": data.digest()},
+            "data": {"name": data.name, "images": len(data), "digest": data.digest(), "masks": data.truth_digest()},
             "tower": inputs.tower.identity, "backbone": inputs.backbone.identity,
             "vocabulary_hash": inputs.vocabulary_hash, "weights": run.weights.name,
             "weights_sha256": file_digest(run.weights, 64), "trained_on": trained_on(run.experiment), **more,

@@ -275,6 +275,8 @@ def _train(
             scheduler.load_state_dict(saved["scheduler"])
         except (KeyError, ValueError, RuntimeError):
             raise LCCoError(f"{checkpoint}: from other settings; remove it and start again") from None
+        if saved.get("data", data.identity()) != data.identity():
+            raise LCCoError(f"{checkpoint}: {data.name} was edited since; remove it and start again")
         ema, state = saved["ema"], saved["state"]
         if ema is not None:  # checkpoints are read on the CPU
             ema = {k: v.to(accelerator.device) for k, v in ema.items()}
@@ -300,7 +302,7 @@ def _train(
                 torch.save(
                     {
                         "model": trained_state(model), "optimizer": optimizer.state_dict(),
-                        "scheduler": scheduler.state_dict(), "ema": ema, "state": state,
+                        "scheduler": scheduler.state_dict(), "ema": ema, "state": state, "data": data.identity(),
                     },
                     part,
                 )  # fmt: skip

@@ -189,6 +189,29 @@ def test_digest_and_content_follow_the_bytes(tmp_path: Path) -> None:
     assert sum(before.content(i) != after.content(i) for i in range(len(after))) == 1
 
 
+def test_identity_follows_the_masks_too(tmp_path: Path) -> None:
+    drawn.voc(tmp_path)
+    coco = drawn.coco(tmp_path)
+    mine = drawn.folders(tmp_path, ("cow", "dog"), 2, name="mine") / "groundtruth/cow/co_00.png"
+    sets = {
+        load_data("voc_train", tmp_path).truth_path(0): lambda: load_data("voc_train", tmp_path),
+        next(coco.rglob("instances_*.json")): lambda: d.COCOData("coco", coco, min_images=1),
+        mine: lambda: load_data("voc_train+mine", tmp_path).subset([13, 12, 3], "part"),
+    }
+    for file, load in sets.items():
+        before, content = load(), file.read_bytes()
+        assert (before.truth_digest(), before.identity()) == (load().truth_digest(), load().identity())
+        assert len({before.digest(), before.truth_digest(), before.identity(), ""}) == 4
+        file.write_bytes(content + b" ")
+        after = load()
+        assert after.digest() == before.digest()
+        assert after.truth_digest() != before.truth_digest() and after.identity() != before.identity(), file
+        file.write_bytes(content)
+        assert load().identity() == before.identity()
+    glyphs = load_data("glyphworld_test:2")
+    assert glyphs.truth_digest() == "" and glyphs.identity() == glyphs.digest()
+
+
 def test_construction_decodes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn.voc(tmp_path)
     drawn.folders(tmp_path, d.VOC_CLASSES, 1, name="PASCAL_VOC")

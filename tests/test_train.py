@@ -11,7 +11,7 @@ import drawn
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from lcco import runs
 from lcco.backbones import read_tensors
@@ -328,6 +328,37 @@ def test_a_run_on_a_folder_that_was_added_to_is_not_taken_for_a_new_one(base):
         runs.get_run(base)
     shutil.rmtree(base.data.train[0])
     assert runs.get_run(base).path == run.path  # gone: it still tells its scores
+
+
+def test_edited_masks_are_noticed_by_scores_caches_and_trainings(base, tmp_path):
+    run = runs.get_run(base)
+    other = drawn.folders(tmp_path, ["cow"], 3, name="other", first=90)
+    before = run.evaluate(str(other), "native", 3)["native"]
+    assert run.evaluate(str(other), "native", 3)["native"] == before
+    for file in (other / "groundtruth").rglob("*.png"):
+        ImageOps.invert(Image.open(file).convert("L")).save(file)
+    edited = load_data(str(other))
+    after = run.evaluate(str(other), "native", 3)["native"]
+    assert after.digest == before.digest and after.rows != before.rows
+    (again,) = evaluate_all(run.predictor(), edited, ["native"], 3).values()
+    assert after.rows == again.rows
+
+    mine = load_data(base.data.train[0])
+    file = mine.truth_path(0)
+    inputs = runs.shared_inputs(base)
+    inputs.prepare(mine, truth=True)
+    pair = (0, tuple(mine.classes_of(0)))
+    seen, true = inputs.truth(mine, *pair), inputs._masked[(mine.identity(), *pair)]
+    train(base, tmp_path / "half", inputs=inputs, stop_at=3)
+    ImageOps.invert(Image.open(file).convert("L")).save(file)
+    with pytest.raises(LCCoError, match="checkpoint.pt: .* was edited since; remove it"):
+        train(base, tmp_path / "half", inputs=inputs)
+    mine = load_data(base.data.train[0])
+    inputs.prepare(mine, truth=True)
+    np.testing.assert_array_equal(inputs.truth(mine, *pair), 1 - seen)
+    assert not torch.equal(inputs._masked[(mine.identity(), *pair)], true)
+    with pytest.raises(LCCoError, match="masks of .* were edited since it was trained; remove it"):
+        runs.get_run(base)
 
 
 def test_bad_trainings_say_what_to_mend(base, tmp_path):
