@@ -173,19 +173,31 @@ def choice_results(profile: Profile, table: str = "choice") -> Results:
     return found
 
 
-def ablate(profile: Profile, table: str, variants: Sequence[Variant]) -> Results:
-    """Rows of an ablation: its seeds on its test sets under every protocol, and on the group-choice test if it has one.
+def ablate(
+    profile: Profile, table: str, variants: Sequence[Variant], seeds: Sequence[int] | None = None
+) -> Results:  # fmt: skip
+    """Rows of an ablation on its test sets under every protocol, and on the group-choice test if it has one.
 
+    seeds: by default the profile's for ablations, and those of its main table with which every row was trained before.
     The standard sets hardly need the set (most pictures show one object), so they hardly tell the modules apart.
     """
+    if seeds is None:
+        more = [s for s in profile.seeds if all(_trained(profile, v, s) for v in variants)]
+        seeds = sorted({*profile.ablation_seeds, *more})
     found = collect(
-        profile, table, variants, tests=profile.ablation_test, seeds=profile.ablation_seeds, choice=profile.choice_test
+        profile, table, variants, tests=profile.ablation_test, seeds=tuple(seeds), choice=profile.choice_test
     )
     found.rows += [
         _choice_row(profile, r, found.runs.get((r["row"], r["seed"])), test=test)
         for test in profile.choice_test for r in _once(found.rows)
     ]  # fmt: skip
     return found
+
+
+def _trained(profile: Profile, variant: Variant, seed: int) -> bool:
+    from lcco.runs import run_path
+
+    return (run_path(profile.experiment.replace(dict(variant.changes), seed=seed)) / "record.json").is_file()
 
 
 def _once(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -276,17 +288,12 @@ def readings(profile: Profile, vocabularies: Sequence[str] | None = None) -> Res
     The profile's own stands there with every seed of the main table, so that its spread can be seen; another reading
     with the ablation's seeds, and with those of the main table that were trained already.
     """
-    from lcco.runs import run_path
-
     first, *rest = reading_variants(profile.experiment, vocabularies)
     seeds = tuple(dict.fromkeys((*profile.ablation_seeds, *profile.seeds)))
-    found = ablate(dataclasses.replace(profile, ablation_seeds=seeds), "interpretations", [first])
+    found = ablate(profile, "interpretations", [first], seeds)
     for seed in seeds:  # of one seed all at once, so that they train side by side
-        asked = [
-            v for v in rest if seed in profile.ablation_seeds
-            or (run_path(profile.experiment.replace(dict(v.changes), seed=seed)) / "record.json").is_file()
-        ]  # fmt: skip
-        more = ablate(dataclasses.replace(profile, ablation_seeds=(seed,)), "interpretations", asked)
+        asked = [v for v in rest if seed in profile.ablation_seeds or _trained(profile, v, seed)]
+        more = ablate(profile, "interpretations", asked, [seed])
         found.rows += more.rows
         found.runs |= more.runs
     base = {_test_of(r): r for r in found.rows if r["row"] == first.row}

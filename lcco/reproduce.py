@@ -297,7 +297,7 @@ def write_index(results: Path) -> Path:
     names += sorted(p.name for p in results.iterdir() if p.is_dir() and p.name not in (*names, "smoke"))
     profiles = {p: load_profile(p).about.strip() for p in names if any((results / p).glob("*.records.json"))}
     titles: dict[str, str] = {}
-    lines: dict[tuple[str, str], dict[str, list[str]]] = {}
+    lines: dict[tuple[str, str], dict[str, dict[str, list[str]]]] = {}  # (table, row) → profile → what → test sets
     for profile in profiles:
         for table in written_tables(results / profile):
             if "J" not in table.layout.metrics:
@@ -311,14 +311,14 @@ def write_index(results: Path) -> Path:
                 if first["paper_J"] == first["paper_J"]:
                     said = f"{first['paper_P']:.1f} / {first['paper_J']:.1f}"
                     said = said if table.name != "table1_main" else f"{on} {said}"
-                    if said not in cells.setdefault("", []):
-                        cells[""].append(said)
+                    cells.setdefault("", {})[said] = []
                 done = part[part["status"] == MEASURED]
                 if len(done):
                     sd = f" ± {done['J'].std(ddof=1):.1f}" if len(done) > 1 else ""
-                    cells.setdefault(profile, []).append(f"{on} {done['P'].mean():.1f} / {done['J'].mean():.1f}{sd}")
+                    said = f"{done['P'].mean():.1f} / {done['J'].mean():.1f}{sd}"
                 else:
-                    cells.setdefault(profile, []).append(f"{on} {first['status']}")
+                    said = first["status"]
+                cells.setdefault(profile, {}).setdefault(said, []).append(on)
     out = ["# Results", "The paper's tables, number by number: what it prints, and what was measured here, at which "
            "scale. P / J in per cent under the table's first protocol, mean ± standard deviation of J over seeds. The "
            "profiles differ in data, backbone and image–text tower, so only `paper` is comparable with the paper's "
@@ -328,7 +328,8 @@ def write_index(results: Path) -> Path:
         links = ", ".join(f"[{p}]({p}/{name}.md)" for p in profiles if (results / p / f"{name}.md").is_file())
         head = ["", "paper", *(f"`{p}`" for p in profiles)]
         body = [
-            [row, *("<br>".join(cells.get(p, ["–"])) for p in ("", *profiles))]
+            [row, *("<br>".join(f"{', '.join(on)} {said}".strip() for said, on in cells.get(p, {"–": []}).items())
+                    for p in ("", *profiles))]
             for (table, row), cells in lines.items() if table == name
         ]  # fmt: skip
         table = [head, ["---"] * len(head), *([c.replace("|", "\\|") for c in line] for line in body)]

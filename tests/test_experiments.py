@@ -261,6 +261,11 @@ def test_ablations_share_trainings_and_keep_their_scores(tiny: Profile, tmp_path
     assert {r["change_J"] for r in read.rows if r["row"] == "LCCo"} == {0.0}
     assert all(r["change_J"] is not None for r in read.rows)
     assert experiments.ablate(tiny, "x", lcco_only).rows[0]["J"] == as_trained["J"]
+    two = dataclasses.replace(tiny, seeds=(0, 1))
+    assert {r["seed"] for r in experiments.ablate(two, "x", main_variants(tiny)).rows} == {0}
+    experiments.ablate(two, "x", lcco_only, seeds=[1])
+    assert {r["seed"] for r in experiments.ablate(two, "x", main_variants(tiny)).rows} == {0}  # one row lacks it
+    assert [r["seed"] for r in experiments.ablate(two, "x", lcco_only).rows] == [0, 1, 0, 1] and len(trained) == 4
     # the evaluations were kept: scoring again needs no model
     monkeypatch.setattr(lcco.runs.Run, "predictor", lambda *a, **k: pytest.fail("scored twice"))
     assert experiments.ablate(tiny, "table2_components", main_variants(tiny)).rows == found.rows

@@ -253,3 +253,7 @@ def test_index_sets_what_each_profile_measured_beside_the_paper(tmp_path: Path):
     line = next(line for line in text.splitlines() if line.startswith("| LCCo"))
     assert "GlyphWorld 90.0 / 70.5 ± 0.7" in line and "MSRC7 not run: data not found (msrc7)" in line
     assert "MSRC7 97.0 / 88.4" in line and "[lite](lite/table1_main.md)" in text
+    cells |= {"status": "not run: x"}
+    more = [make_row("t2", "LCCo", chosen, e, **cells | {"test_set": t}) for t in ("msrc7", "pascal1037")]
+    write_table(more, tmp_path / "lite", "table2_components", Layout("Table 2"))
+    assert "| MSRC7, PASCAL not run: x |" in reproduce.write_index(tmp_path).read_text()
