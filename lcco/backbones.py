@@ -207,7 +207,11 @@ def model_file(name: str, setting: str) -> Path:
     if not name.startswith("run:"):
         return Path(name).expanduser()
     run = place("runs") / name.removeprefix("run:")
-    files = [run / f"{kind}.safetensors" for kind in ("best", "last")]
+    try:
+        last = json.loads((run / "config.json").read_text(encoding="utf-8"))["train"]["checkpoint"] == "last"
+    except (OSError, ValueError, KeyError, TypeError):
+        last = False
+    files = [run / f"{kind}.safetensors" for kind in (("last", "best") if last else ("best", "last"))]
     if not (found := [f for f in files if f.is_file()]):
         raise LCCoError(f"`{setting}: {name}`: {run} holds no trained model; train that run first")
     return found[0]

@@ -1131,12 +1131,14 @@ def _shown(
     profile: Profile, known: Mapping[str, CoSegData | str], runs: Mapping[tuple[str, int], Run], images: int
 ) -> list[tuple[str, str, list[int]]]:
     """For each test set the class with LCCo's median J (without LCCo the middle one by name) and its first images."""
+    from lcco.tables import refusal
+
     out = []
     for test, data in known.items():
         if isinstance(data, str):
             continue
         order = sorted(data.groups)
-        if runs:
+        if runs and not refusal(profile, data):
             done = runs["LCCo", profile.seeds[0]].evaluate(test, profile.protocols[0], profile.group_size)
             scores: dict[str, list[float]] = {}
             for line in done[profile.protocols[0]].rows:

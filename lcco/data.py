@@ -577,6 +577,7 @@ NAMES = (*_VOC_SETS, *_FOLDER_SETS, "coco_seg", *(f"glyphworld_{f}" for f in GLY
 def load_data(spec: str, root: Path | None = None) -> CoSegData:
     """The set of a known name (`NAMES`) under `root`, or of a folder in a known layout; `a+b` joins sets.
 
+    `a without b` leaves out of `a` every picture that is also in `b`, by content or look, as test sets demand it.
     `glyphworld_train:40` is a fold drawn with that many pictures (of each class, for the test fold).
     Joined sets have one class list: a class that both have becomes one group. `root` defaults to `$LCCO_DATA`.
     Raises: LCCoError saying where the set was looked for.
@@ -585,6 +586,9 @@ def load_data(spec: str, root: Path | None = None) -> CoSegData:
     if "+" in spec and not Path(spec).exists():
         sets = [load_data(word.strip(), base) for word in spec.split("+")]
         return _View(spec, [(data, range(len(data))) for data in sets])
+    if " without " in spec and not Path(spec).exists():
+        data, *others = (load_data(word.strip(), base) for word in spec.split(" without "))
+        return data.subset(_unseen(data, others), spec)
     fold, colon, n = spec.removeprefix("glyphworld_").partition(":")
     if spec.startswith("glyphworld_") and fold in GLYPH_FOLDS:
         from lcco.glyphworld import glyphworld
@@ -609,6 +613,15 @@ def load_data(spec: str, root: Path | None = None) -> CoSegData:
         if path.is_dir():
             return _open(path.name or spec, path)
     raise LCCoError(f"data `{spec}` is neither a folder (also not {base / spec}) nor a known set: {', '.join(NAMES)}")
+
+
+def _unseen(data: CoSegData, others: Sequence[CoSegData]) -> list[int]:
+    """The items of a set that are in none of the others; kept on disk, because every picture must be looked at."""
+    file = place("cache") / f"without-{digest([data.digest(), *(o.digest() for o in others)], 16)}.json"
+    if not file.is_file():
+        seen = {i for other in others for i, _ in overlap(data, other)}
+        write_text(file, json.dumps([i for i in range(len(data)) if i not in seen]))
+    return json.loads(file.read_text())
 
 
 def _home(name: str, base: Path, places: Sequence[str], layouts: Sequence[str]) -> Path:

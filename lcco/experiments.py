@@ -31,6 +31,7 @@ from lcco.tables import (
     make_row,
     paper_table,
     per_cent,
+    refusal,
 )  # fmt: skip
 
 if TYPE_CHECKING:
@@ -214,7 +215,8 @@ def _choice_row(
     row = dict(like) | dict.fromkeys((*per_cent({}), "paper_P", "paper_J"))
     row |= {"test_set": test, "protocol": "choice", "group_size": profile.group_size, "run": None}
     try:
-        load_data(test)
+        if said := refusal(profile, load_data(test)):
+            return row | {"status": said}
     except LCCoError as error:
         return row | {"status": absence(error)}
     if not run:
@@ -354,7 +356,6 @@ def class_results(profile: Profile, table: str = "per_class", *, choice: bool = 
     many pictures. The last rows of a test set are the means over its classes with `MANY` such pictures or more, with
     fewer, and with none.
     """
-    from lcco.data import load_data
     from lcco.semantics import target_word
 
     protocol = "choice" if choice else profile.protocols[0]
@@ -364,7 +365,7 @@ def class_results(profile: Profile, table: str = "per_class", *, choice: bool = 
         found = collect(profile, table, main_variants(profile), protocols=[protocol])
     plain, found.rows = [r for r in found.rows if r["row"] == "LCCo"], []
     try:
-        groups = load_data("+".join(profile.experiment.data.train)).groups if found.runs else {}
+        groups = next(iter(found.runs.values())).training_data.groups if found.runs else {}
     except LCCoError:  # the model was trained before, and its data are gone
         groups = {}
     trained = list(groups)

@@ -340,8 +340,10 @@ class LCCo(nn.Module):
             present = torch.ones(B, N, dtype=torch.bool, device=image_embeddings.device)
         group = present.nonzero()[:, 0]  # [M]
 
-        # S, and the Top-K prompts of its column sums over the set.
-        S = F.normalize(image_embeddings, dim=-1) @ F.normalize(prompt_embeddings, dim=-1).T  # [B, N, P]
+        # S, and the Top-K prompts of its column sums over the set: always in full precision, because cosines of a
+        # CLIP lie so close together that half precision would put other words first in training than in use.
+        with torch.autocast(image_embeddings.device.type, enabled=False):
+            S = F.normalize(image_embeddings, dim=-1) @ F.normalize(prompt_embeddings, dim=-1).T  # [B, N, P]
         S = S * present[..., None]
         distilled = S.sum(dim=1).topk(min(k or self.k, S.shape[-1]), dim=-1).indices  # [B, K]
         if target is not None:
@@ -354,7 +356,8 @@ class LCCo(nn.Module):
             z = self.clip_interaction.fuse(h_hat, text[distilled], present)[present]  # [M, D]
             coarse = self.clip_interaction.decode(h_hat) * present[..., None, None]
         if self.clip_regularization is not None:
-            v = self.clip_regularization.class_probabilities(S, present)
+            with torch.autocast(S.device.type, enabled=False):
+                v = self.clip_regularization.class_probabilities(S, present)
             best = self.clip_regularization.most_likely(v)
             if target is not None:
                 best = torch.where(target >= 0, target, best)

@@ -180,9 +180,9 @@ def cosegment_folder(
         "settings": settings | {"looked_for": query.word}, "versions": _versions(),
         "weights": {
             "file": model.name if isinstance(model, Path) else None, "sha256": sha,
-            "experiment": predictor.inputs.experiment.name, "hash": predictor.inputs.experiment.hash,
+            "experiment": predictor.experiment.name, "hash": predictor.experiment.hash,
             "tower": predictor.inputs.tower.identity, "backbone": predictor.inputs.backbone.identity,
-            "vocabulary": Path(predictor.inputs.experiment.tower.vocabulary).stem,
+            "vocabulary": Path(predictor.experiment.tower.vocabulary).stem,
             "vocabulary_hash": predictor.inputs.vocabulary_hash,
         },
         "sets": before.get("sets") or [{"images": 0, "words": []} for _ in _sets(files, at_once)],

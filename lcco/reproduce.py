@@ -316,13 +316,16 @@ def write_index(results: Path) -> Path:
                 if len(done):
                     sd = f" ± {done['J'].std(ddof=1):.1f}" if len(done) > 1 else ""
                     said = f"{done['P'].mean():.1f} / {done['J'].mean():.1f}{sd}"
+                    if "change_J" in done and done["change_J"].notna().all() and done["change_J"].any():
+                        said += f" ({done['change_J'].mean():+.1f})"
                 else:
                     said = first["status"]
                 cells.setdefault(profile, {}).setdefault(said, []).append(on)
     out = ["# Results", "The paper's tables, number by number: what it prints, and what was measured here, at which "
            "scale. P / J in per cent under the table's first protocol, mean ± standard deviation of J over seeds. The "
            "profiles differ in data, backbone and image–text tower, so only `paper` is comparable with the paper's "
-           "own numbers; a test set is named with each number."]  # fmt: skip
+           "own numbers; a test set is named with each number. In brackets: the change of J against the same seeds of "
+           "the profile's own reading."]  # fmt: skip
     out += [f"- [`{p}`]({p}/README.md) ([report]({p}/report.html)): {about}" for p, about in profiles.items()]
     for name, title in titles.items():
         links = ", ".join(f"[{p}]({p}/{name}.md)" for p in profiles if (results / p / f"{name}.md").is_file())

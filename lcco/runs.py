@@ -17,7 +17,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -45,10 +45,14 @@ from lcco.train import (
     deterministic,
     load_model,
     prepare,
+    same_data,
     train,
     trained_on,
     training_threads,
 )
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 _SHARED: dict[str, Inputs] = {}  # one set of frozen parts a process and setting: towers and caches load once
 
@@ -65,20 +69,21 @@ def environment() -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             versions[name] = "not installed"
 
-    def git(*words: str) -> str:
+    def git(*words: str) -> str | None:
         try:
             return subprocess.run(
                 ["git", *words], cwd=project_root(), capture_output=True, text=True, timeout=10, check=True
             ).stdout.strip()
         except (OSError, subprocess.SubprocessError):
-            return ""
+            return None
 
+    dirty = git("status", "--porcelain", "--", "lcco", "notebooks")
     return {
         "python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}",
         "cores": os.cpu_count(), "threads": torch.get_num_threads(), "versions": versions,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "git": git("rev-parse", "--short=12", "HEAD"),
-        "git_dirty": bool(git("status", "--porcelain", "--", "lcco", "notebooks")),
+        "git_dirty": None if dirty is None else bool(dirty),
     }  # fmt: skip
 
 
@@ -143,7 +148,7 @@ class Run:
         if self._inputs is None:
             self._inputs = shared_inputs(self.experiment)
         predictor = load_model(self.weights, inputs=self._inputs)
-        return Predictor(predictor.model, self._inputs, gt=gt, k=k, flip=flip)
+        return Predictor(predictor.model, self._inputs, gt=gt, k=k, flip=flip, experiment=self.experiment)
 
     @cached_property
     def training_data(self) -> CoSegData:
@@ -163,10 +168,24 @@ class Run:
         return load_data("+".join(there), self.data_root)
 
     def overlap(self, test: CoSegData) -> int:
-        """How many pictures of `test`, by content or look, the model was trained on."""
-        training = self.training_data
-        file = place("cache") / f"overlap-{digest([training.digest(), test.digest()], 16)}.json"
+        """How many pictures of `test`, by content or look, the model was trained on.
+
+        Raises: LCCoError where what it was trained on was edited, or is gone and was not compared with `test` before.
+        """
+        training: CoSegData | None = None
+        try:
+            training = self.training_data
+        except LCCoError as error:
+            if "data" not in self.record:
+                raise
+            gone = str(error)
+        if training and "data" in self.record:
+            _same_pictures(self)
+        seen = training.digest() if training else self.record["data"]["digest"]
+        file = place("cache") / f"overlap-{digest([seen, test.digest()], 16)}.json"
         if not file.is_file():  # once a pair of sets: every picture of both must be looked at
+            if not training:
+                raise LCCoError(f"{self.path.name}: was it trained on pictures of {test.name}? Not to be told: {gone}")
             write_json(file, {"test": test.name, "pictures": len({b for _, b in overlap(training, test)})})
         return json.loads(file.read_text())["pictures"]
 
@@ -210,6 +229,15 @@ class Run:
         return {p: Evaluation.from_json(files[p]) for p in protocols}
 
 
+def _team() -> PartialState | None:
+    """The processes of one training that `accelerate launch` (or torchrun) started; None where there is one alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return None
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
 def get_run(
     experiment: Experiment, *, inputs: Inputs | None = None, tensorboard: bool = False, data_root: Path | None = None
 ) -> Run:
@@ -217,23 +245,47 @@ def get_run(
 
     Two processes that ask for the same run train it once: the second waits.
     """
-    path = run_path(experiment)
-    record_file = path / "record.json"
-    with file_lock(path.with_suffix(".lock"), f"waiting for another process that trains {path.name}"):
+    path, team = run_path(experiment), _team()
+    record_file, main = path / "record.json", team is None or team.is_main_process
+    with contextlib.ExitStack() as held:
+        if main:  # of several processes of one training one holds the lock for all
+            held.enter_context(
+                file_lock(path.with_suffix(".lock"), f"waiting for another process that trains {path.name}")
+            )
+        if team:
+            team.wait_for_everyone()
         if not record_file.is_file():
-            path.mkdir(parents=True, exist_ok=True)
-            about = {"hash": experiment.hash, "environment": environment(), **asdict(experiment)}
-            write_json(path / "config.json", about)
+            earlier = _begin(experiment, path) if main else []
             inputs = inputs or shared_inputs(experiment)
             began = time.monotonic()
             data = load_data("+".join(experiment.data.train), data_root)
             summary = train(experiment, path, inputs=inputs, tensorboard=tensorboard, data_root=data_root)
-            seconds = round(time.monotonic() - began, 1)
+            seconds = round(time.monotonic() - began + summary.pop("seconds_before"), 1)
             more = {"training": summary, "seconds": seconds, "peak_memory_mb": _peak_memory_mb()}
-            _write_record(Run(path, experiment, data_root=data_root), environment(), inputs, data, more)
+            more |= {"processes": team.num_processes} if team else {}
+            more |= {"begun_on": earlier} if earlier else {}
+            if main:
+                _write_record(Run(path, experiment, data_root=data_root), environment(), inputs, data, more)
+        if team:
+            team.wait_for_everyone()
     run = _run(path, record_file, data_root, inputs)
     _same_pictures(run)
     return run
+
+
+def _begin(experiment: Experiment, path: Path) -> list[dict[str, Any]]:
+    """Write what will be trained, and where, into the run's folder; returns where it was trained until now, if begun.
+
+    Machines are told once: an interruption on one and the same changes nothing.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    here, config = environment(), path / "config.json"
+    begun: list[dict[str, Any]] = []
+    if (path / "checkpoint.pt").is_file() and config.is_file():
+        known = json.loads(config.read_text())
+        begun = [e for e in (*known.get("begun_on", []), known.get("environment")) if e and e != here]
+    write_json(config, {"hash": experiment.hash, "environment": here, "begun_on": begun, **asdict(experiment)})
+    return begun
 
 
 def _same_pictures(run: Run) -> None:
@@ -277,18 +329,28 @@ def close_run(experiment: Experiment, why: str = "", *, data_root: Path | None =
     if not best.is_file() or not log.is_file():
         raise LCCoError(f"{path}: no training was interrupted here after its first evaluation; nothing to close")
     lines = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
-    step, top = lines[-1]["step"], max((n for n in lines if "holdout_J" in n), key=lambda n: n["holdout_J"])
+    step, kept = lines[-1]["step"], read_about(best)
+    data = load_data("+".join(experiment.data.train), data_root)
+    if (path / "checkpoint.pt").is_file():
+        same_data(path / "checkpoint.pt", data)
     inputs = shared_inputs(experiment)
     model = load_model(best, inputs=inputs).model
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     note = f"stopped after step {step} of {experiment.train.steps}{f' ({why})' if why else ''}; weights of step "
-    note += f"{top['step']}, the best on the held-out pictures until then"
-    summary = {"step": step, "best": top["holdout_J"], "best_step": top["step"], "parameters": trained}
+    note += f"{kept['step']}, the best on the held-out pictures until then"
+    summary = {"step": step, "best": kept["holdout_J"], "best_step": kept["step"], "parameters": trained}
     config = json.loads((path / "config.json").read_text())
-    data = load_data("+".join(experiment.data.train), data_root)
     run = Run(path, experiment, data_root=data_root)
     _write_record(run, config.get("environment", environment()), inputs, data, {"training": summary, "note": note})
     return _run(path, path / "record.json", data_root)
+
+
+def will_have_seen(experiment: Experiment, test: CoSegData) -> int:
+    """How many pictures of a test set an experiment trains on, before it does; 0 where its data are not here."""
+    try:
+        return Run(run_path(experiment), experiment, {"trained_on": trained_on(experiment)}).overlap(test)
+    except LCCoError:
+        return 0
 
 
 Score = tuple[str, tuple[str, ...], int]  # a test set, protocols, group size: what `Run.evaluate` takes
@@ -355,7 +417,8 @@ def _train_alone(experiment: Experiment, scores: Sequence[Score], data_root: Pat
             del _SHARED[key]  # one set of frozen parts and memos a worker is enough
         run = get_run(experiment, data_root=data_root)
         for test, protocols, group_size in scores:
-            run.evaluate(test, protocols, group_size)
+            with contextlib.suppress(LCCoError):  # its notebook will say why there is no score
+                run.evaluate(test, protocols, group_size)
 
 
 def open_run(name: str | Path, data_root: Path | None = None) -> Run:
@@ -424,7 +487,7 @@ def _timed(experiment: Experiment, data: CoSegData, inputs: Inputs, steps: int) 
         "images": len(data), "classes": len(data.groups), "words": len(inputs.words),
         "trained parameters": trained, "steps": experiment.train.steps, "images a step": B * N,
         "cache MB": round(stored / 2**20), "embedding seconds": round(per_image * len(data) * (1 + d.flip), 1),
-        "training seconds": round(per_step * experiment.train.steps, 1),
+        "training seconds": round(per_step * experiment.train.steps, 2),
         "estimate": duration(per_image * len(data) * (1 + d.flip) + per_step * experiment.train.steps),
         "backbone": f"{m.backbone} ({m.frozen_stages} of 4 stages frozen)",
     }  # fmt: skip

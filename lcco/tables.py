@@ -23,6 +23,7 @@ from lcco.config import Experiment, Profile
 if TYPE_CHECKING:
     import pandas as pd
 
+    from lcco.data import CoSegData
     from lcco.runs import Run
 
 ROW_FIELDS = (
@@ -126,6 +127,15 @@ def absence(error: LCCoError) -> str:
     return f"not run: {found[1]} not found ({found[2]})"
 
 
+def refusal(profile: Profile, test: CoSegData) -> str:
+    """`not run: trained on 3 of its 20 pictures …`: the status of a test set that a profile's models have seen."""
+    from lcco.runs import will_have_seen
+
+    seen = will_have_seen(profile.experiment, test)
+    mend = f"leave them out of training with `data.train: [… without {test.name}]`"
+    return f"not run: trained on {seen} of its {len(test)} pictures; {mend}" if seen else ""
+
+
 def collect(
     profile: Profile,
     table: str,
@@ -150,7 +160,8 @@ def collect(
     why: dict[str, str] = {}
     for test in (*(tests or profile.tests), *choice):
         try:
-            load_data(test)
+            if said := refusal(profile, load_data(test)):
+                why[test] = said
         except LCCoError as error:
             why[test] = absence(error)
     scores = [(t, tuple(protocols), n) for t in tests or profile.tests if t not in why for n in sizes]
@@ -266,6 +277,7 @@ class Cell:
     best: bool = False
     text: str = ""  # instead of a number
     note: int = 0
+    seeds: tuple[int, ...] = ()
 
     def show(self, decimals: int, bold: str, note: str, plus_minus: str = " ± ") -> str:
         """The cell as text; `bold` and `note` are format strings of the target language."""
@@ -334,6 +346,8 @@ class Table:
         if len(values):
             cell.mean = float(values.mean())
             cell.sd = float(values.std(ddof=1)) if len(values) > 1 else None
+            if not paper and not metric.startswith("change_"):  # a change is taken seed by seed: any two compare
+                cell.seeds = tuple(sorted(rows.loc[values.index, "seed"].dropna().astype(int)))
             printed = first.get(f"paper_{metric}")
             if not paper and first["profile"] == "paper" and printed == printed and printed is not None:
                 cell.delta = cell.mean - float(printed)
@@ -359,8 +373,10 @@ class Table:
             out.append(f"{self.layout.unit}; {spread}; best in bold; sets of {_listed(done['group_size'])} images.")
             what = [f"{k.replace('_', ' ')} {_listed(done[k])}" for k in ("profile", "backbone", "tower", "vocabulary")]
             out.append(", ".join(what) + f"; trained on {_listed(done['train_set'])}.")
-            counts = done.groupby("test_set", sort=False)["images"].max()
+            plain = done[done["absent"] == 0] if "absent" in done else done  # intruders are not images of the set
+            counts = plain.groupby("test_set", sort=False)["images"].max()
             out.append("Images scored: " + ", ".join(f"{label(k)} {n:,.0f}" for k, n in counts.items()) + ".")
+            out += self._chosen_on(done)
         if self.rows[["paper_P", "paper_J"]].notna().any(axis=None):
             delta = "; in brackets the difference to it" if set(self.rows["profile"]) == {"paper"} else ""
             on = "" if self.name == "table1_main" else ", on iCoseg"
@@ -370,6 +386,16 @@ class Table:
                 out.append(f"Run {name}, seed {record['experiment']['seed']}: {record['note']}.")
         slips = _slips(self.name).query("row == ''")
         return [*out, *slips[slips["test_set"].isin(["", *done["test_set"]])]["note"], *self.layout.notes]
+
+    def _chosen_on(self, done: pd.DataFrame) -> list[str]:
+        """Where a table scores pictures that were held out from training to choose the weights that are scored."""
+        made = [r["experiment"] for r in self.runs.values() if "experiment" in r]
+        on = {e["train"]["checkpoint"]: e["data"]["holdout"] for e in made}
+        return [
+            f"{label(test)} was not trained on, but the step whose weights are scored was chosen by J on all its "
+            "pictures: for LCCo and Baseline alike, its numbers are no clean test."
+            for test in dict.fromkeys(done["test_set"]) if test in on.get("best", ())
+        ]  # fmt: skip
 
     def metric_heads(self, block: Block) -> list[str]:
         """A heading for each column; “paper” is said where not every column is the paper's."""
@@ -510,7 +536,8 @@ def _slips(table: str) -> pd.DataFrame:
 
 def _mark_best(column: list[Cell], decimals: int, best: Callable[[list[float]], float]) -> None:
     shown = [round(c.mean, decimals) for c in column if c.mean is not None]
-    if len(set(shown)) > 1:
+    alike = len({c.seeds for c in column if c.mean is not None}) == 1  # means over other seeds do not compare
+    if len(set(shown)) > 1 and alike:
         for c in column:
             c.best = c.mean is not None and round(c.mean, decimals) == best(shown)
 

@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -66,14 +66,15 @@ class Predictor:
 
     gt: "GT semantics", the true class replaces i* and the distilled prompts. k: distilled prompts, if not the
     trained number. flip: mean of the plain and the mirrored picture's masks (a setting, off in headline rows).
-    cached: keep frozen maps on disk (right for data sets, wrong for pictures seen once).
+    cached: keep frozen maps on disk (right for data sets, wrong for pictures seen once). experiment: what made it.
     """
 
     def __init__(
         self, model: LCCo, inputs: Inputs, *, gt: bool = False, k: int | None = None, flip: bool = False,
-        cached: bool = True,
+        cached: bool = True, experiment: Experiment | None = None,
     ):  # fmt: skip
         self.model, self.inputs, self.gt, self.k, self.flip, self.cached = model, inputs, gt, k, flip, cached
+        self.experiment = experiment or inputs.experiment  # that of `inputs`, which models share, may change
 
     @torch.no_grad()
     def output(
@@ -164,13 +165,14 @@ def load_model(path: Path, *, device: str = "cpu", inputs: Inputs | None = None,
     experiment = build(Experiment, about["experiment"]).replace(changes)
     inputs = inputs or Inputs(experiment, device=device)
     _check_words(path, about, experiment, inputs)
+    _check_parts(path, about, inputs, changes)
     model = build_model(experiment, inputs)
     state = {k: v.float() if v.is_floating_point() else v for k, v in read_tensors(path).items()}
     missing = set(trained_state(model)) - set(state)
     if missing:
         raise LCCoError(f"{path}: does not fit its own settings: {len(missing)} tensors missing, {min(missing)} first")
     model.load_state_dict(state, strict=False)
-    return Predictor(model.eval(), inputs)
+    return Predictor(model.eval(), inputs, experiment=experiment)
 
 
 def _check_words(path: Path, about: dict[str, Any], experiment: Experiment, inputs: Inputs) -> None:
@@ -181,6 +183,20 @@ def _check_words(path: Path, about: dict[str, Any], experiment: Experiment, inpu
             f"`{experiment.tower.vocabulary}` ({len(inputs.words)} words, {inputs.vocabulary_hash}); MLP3's "
             "weights are tied to the words and their order: use that vocabulary, or train again"
         )
+
+
+def _check_parts(path: Path, about: dict[str, Any], inputs: Inputs, changes: Iterable[str]) -> None:
+    """A model goes with the frozen parts that it was trained with; `changes` says which others were asked for."""
+    parts = {"tower": inputs.tower.identity}
+    if inputs.backbone.frozen_stages:  # a backbone that was trained whole is in the file
+        parts["backbone"] = inputs.backbone.identity
+    for part, now in parts.items():
+        asked = any(c.startswith("tower." if part == "tower" else "model.") for c in changes)
+        if not asked and about.get(part, now) != now:
+            raise LCCoError(
+                f"{path}: trained with another {part} ({about[part]}) than its settings give now ({now}); put that "
+                f"{part}'s files back, or train again"
+            )
 
 
 @contextlib.contextmanager
@@ -243,14 +259,15 @@ def _train(
     experiment: Experiment, folder: Path, inputs: Inputs, data: CoSegData, holdout: CoSegData | None,
     stop_at: int | None, tensorboard: bool,
 ) -> dict[str, Any]:  # fmt: skip
-    from accelerate import Accelerator
+    from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
 
     t, d = experiment.train, experiment.data
     AcceleratorState._reset_state()  # it is global, and refuses a second training at another precision
     accelerator = Accelerator(
-        mixed_precision=t.precision, log_with="tensorboard" if tensorboard else None, project_dir=folder
-    )
+        mixed_precision=t.precision, log_with="tensorboard" if tensorboard else None, project_dir=folder,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )  # fmt: skip
     if tensorboard:
         accelerator.init_trackers("tensorboard")
     model = build_model(experiment, inputs)
@@ -275,11 +292,14 @@ def _train(
             scheduler.load_state_dict(saved["scheduler"])
         except (KeyError, ValueError, RuntimeError):
             raise LCCoError(f"{checkpoint}: from other settings; remove it and start again") from None
-        if saved.get("data", data.identity()) != data.identity():
-            raise LCCoError(f"{checkpoint}: {data.name} was edited since; remove it and start again")
+        same_data(checkpoint, data, saved)
         ema, state = saved["ema"], saved["state"]
-        if ema is not None:  # checkpoints are read on the CPU
-            ema = {k: v.to(accelerator.device) for k, v in ema.items()}
+    elif accelerator.is_main_process:  # of a start that was given up
+        (folder / "best.safetensors").unlink(missing_ok=True)
+    if ema is not None:  # checkpoints are read on the CPU
+        ema = {k: v.to(accelerator.device) for k, v in ema.items()}
+    before = state["seconds"]
+    if accelerator.is_main_process:
         _cut_log(folder / "metrics.jsonl", state["step"])
     net, optimizer = accelerator.prepare(model, optimizer)
     sampler = GroupSampler(
@@ -310,7 +330,7 @@ def _train(
     folder.mkdir(parents=True, exist_ok=True)
     log = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
     began, since_kept = time.monotonic(), time.monotonic()
-    sums: dict[str, Tensor] = {}
+    sums, summed = dict[str, Tensor](), 0
     with contextlib.closing(log), ThreadPoolExecutor(1) as ahead:
         coming = ahead.submit(make, state["step"]) if state["step"] < last else None
         for step in progress(range(state["step"], last), f"training {experiment.name} (seed {experiment.seed})"):
@@ -324,6 +344,8 @@ def _train(
                 out, batch.truth, batch.present, batch.true, lambda_cs=experiment.loss.lambda_cs,
                 lambda_c=experiment.loss.lambda_c, lc_reduction=experiment.loss.lc_reduction, bce=experiment.loss.bce,
             )  # fmt: skip
+            if accelerator.num_processes > 1:  # they wait for the gradient of every output, of a loss left out as well
+                loss = loss + 0 * sum(o.float().sum() for o in (out.logits, out.coarse, out.v) if o is not None)
             accelerator.backward(loss)
             if t.clip:
                 accelerator.clip_grad_norm_(net.parameters(), t.clip)
@@ -336,10 +358,11 @@ def _train(
             state["step"] = step + 1
             for name, part in {"loss": loss, **parts}.items():
                 sums[name] = sums.get(name, 0) + part.detach()
+            summed += 1
             due = state["step"] % t.eval_every == 0 or state["step"] == t.steps
             if state["step"] % 50 == 0 or due:
-                line = {k: float(v) / ((step % 50) + 1) for k, v in sums.items()}
-                sums = {}
+                line = {k: float(v) / summed for k, v in sums.items()}
+                sums, summed = {}, 0
                 if not math.isfinite(line["loss"]):
                     raise LCCoError(
                         f"{folder.name}: the loss is {line['loss']} at step {step + 1}; lower `train.lr`, or set "
@@ -368,7 +391,8 @@ def _train(
     if tensorboard:
         accelerator.end_training()
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return {**state, "parameters": trained, "parameters_all": sum(p.numel() for p in model.parameters())}
+    everything = sum(p.numel() for p in model.parameters())
+    return {**state, "seconds_before": before, "parameters": trained, "parameters_all": everything}
 
 
 def _average(ema: dict[str, Tensor], now: dict[str, Tensor], decay: float) -> None:
@@ -399,6 +423,13 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
         raise LCCoError(
             f"{path}: damaged ({type(error).__name__}); remove it to train again from the start"
         ) from None
+
+
+def same_data(checkpoint: Path, data: CoSegData, saved: dict[str, Any] | None = None) -> None:
+    """Raises: LCCoError where the training data were edited since a checkpoint (as `saved`, if read) was written."""
+    saved = saved or _read_checkpoint(checkpoint)
+    if saved.get("data", data.identity()) != data.identity():
+        raise LCCoError(f"{checkpoint}: {data.name} was edited since; remove it and start again")
 
 
 def _cut_log(path: Path, step: int) -> None:

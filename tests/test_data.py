@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -167,6 +168,21 @@ def test_joined_sets_keep_keys_apart(tmp_path: Path) -> None:
     assert data.groups == {"cow": (0, 1, 2, 3)}
     with pytest.raises(LCCoError, match="twice"):
         load_data("one+one", tmp_path)
+
+
+def test_a_set_without_the_pictures_of_another(tmp_path: Path) -> None:
+    drawn.folders(tmp_path, ("cow", "dog"), 3, name="mine")
+    drawn.folders(tmp_path, ("horse",), 2, name="test", first=40)
+    shutil.copy(tmp_path / "mine/image/cow/co_01.jpg", tmp_path / "test/image/horse/ho_00.jpg")
+    again = Image.open(tmp_path / "mine/image/dog/do_02.jpg").resize((60, 45))  # by look
+    again.save(tmp_path / "test/image/horse/ho_01.jpg")
+    for _ in range(2):  # computed, then read
+        data = load_data("mine without test", tmp_path)
+        assert data.name == "mine without test" and len(data) == 4
+        assert set(data.keys) == {"cow/co_00", "cow/co_02", "dog/do_00", "dog/do_01"}
+    drawn.folders(tmp_path, ("car",), 2, name="more", first=70)
+    joined = load_data("mine without test without more+more", tmp_path)
+    assert len(joined) == 6 and d.overlap(joined, load_data("test", tmp_path)) == []
 
 
 def test_subset_keeps_order_content_and_hash(tmp_path: Path) -> None:

@@ -314,10 +314,14 @@ def test_absent_data_become_rows_that_say_so(tiny: Profile, tmp_path: Path, monk
     ]
 
 
-def test_a_choice_test_on_training_pictures_is_refused(tiny: Profile):
+def test_a_choice_test_on_training_pictures_is_refused_and_the_other_rows_stand(tiny: Profile):
     seen = dataclasses.replace(tiny, choice_test=(tiny.experiment.data.train[0],))
+    found = experiments.ablate(seen, "t", [Variant("LCCo")])
+    assert {r["protocol"]: r["status"].partition(";")[0] for r in found.rows} == {
+        "ufo": MEASURED, "choice": "not run: trained on 8 of its 8 pictures"
+    }  # fmt: skip
     with pytest.raises(LCCoError, match="was trained on 8 of the 8 pictures"):
-        experiments.ablate(seen, "t", [Variant("LCCo")])
+        experiments.choice(found.runs["LCCo", 0], tiny.experiment.data.train[0], 3)
 
 
 # ------------------------------------------------------------------------ what fails: classes, words, images without

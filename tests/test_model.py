@@ -433,3 +433,19 @@ def test_one_tiny_batch_is_overfitted():
     J = (mask & (truth == 1)).sum() / (mask | (truth == 1)).sum()
     assert J > 0.95, float(J)
     assert out.best.item() == 2  # and MLP3 has learnt the class
+
+
+def test_words_are_chosen_in_full_precision_whatever_the_training_uses():
+    """Cosines that lie as close together as a CLIP's: half precision would put other words first."""
+    common = unit(1, D, seed=5)
+    prompts = F.normalize(common + 0.02 * unit(P, D, seed=6), dim=-1)
+    h = F.normalize(common + 0.02 * unit(2 * 3, D, seed=7), dim=-1).view(2, 3, D)
+    net, x = network(), images(2, 3)
+    with torch.no_grad():
+        plain = net(x, h, prompts)
+        with torch.autocast("cpu", torch.bfloat16):
+            half = net(x, h, prompts)
+    assert (h.bfloat16() @ prompts.T.bfloat16()).float().sub(plain.similarity).abs().max() > 1e-3
+    assert half.similarity.dtype == half.v.dtype == torch.float32 and half.logits.dtype == torch.bfloat16
+    assert torch.equal(half.similarity, plain.similarity) and torch.equal(half.distilled, plain.distilled)
+    torch.testing.assert_close(half.v, plain.v, atol=1e-6, rtol=0)

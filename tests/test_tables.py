@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 import shutil
@@ -9,6 +10,7 @@ import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
+import drawn
 import numpy as np
 import pytest
 
@@ -124,6 +126,7 @@ def test_collect_gives_a_row_for_each_variant_seed_test_protocol_and_size(monkey
             raise LCCoError("data `icoseg8` not found: looked for nothing; set LCCO_DATA")
 
     monkeypatch.setattr(lcco.data, "load_data", load)
+    monkeypatch.setattr(tables, "refusal", lambda profile, data: "")
     variants = [Variant("A", {"model.k": 3}, {"": (1.0, 2.0)}, {"K": 3}), Variant("B")]
     found = tables.collect(
         load_profile("embedded"), "t", variants, tests=("x", "icoseg8"), seeds=(4, 5), group_sizes=(2, 5)
@@ -151,6 +154,7 @@ def test_collect_says_what_is_missing_when_weights_are_absent(monkeypatch: pytes
     monkeypatch.setattr(lcco.runs, "train_ahead", lambda *a, **k: None)
     monkeypatch.setattr(lcco.runs, "get_run", get_run)
     monkeypatch.setattr(lcco.data, "load_data", lambda name: None)
+    monkeypatch.setattr(tables, "refusal", lambda profile, data: "")
     found = tables.collect(load_profile("paper"), "t", [Variant("A"), Variant("B")])
     assert {r["status"] for r in found.rows} == {"not run: weights not found (resnet50.pth)"} and not found.runs
 
@@ -170,6 +174,46 @@ def test_cells_are_mean_and_sample_deviation_over_seeds_whatever_the_order_of_ro
     one = Table("table1_main", rows_of(seeds=(0,), lcco=(61.0,), baseline=(50.0,)), LAYOUT)
     assert cell(one, "LCCo", "msrc7", "J").sd is None
     assert "one seed (0)" in one.markdown() and "over 3 seeds" in Table("t", rows, LAYOUT).markdown()
+
+
+def test_pictures_seen_in_training_become_a_row_that_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import lcco.runs
+
+    monkeypatch.setenv("LCCO_CACHE", str(tmp_path / "cache"))
+    train = drawn.folders(tmp_path, ["cow", "car"], 4, name="train")
+    seen, clean = (drawn.folders(tmp_path, ["cow"], 2, name=n, first=f) for n, f in (("seen", 50), ("clean", 90)))
+    shutil.copy(train / "image/car/ca_01.jpg", seen / "image/cow/co_00.jpg")
+    calls: list = []
+    monkeypatch.setattr(lcco.runs, "train_ahead", lambda *a, **k: None)
+    monkeypatch.setattr(lcco.runs, "get_run", lambda e: FakeRun(e, calls))
+    profile = load_profile("smoke")
+    e = profile.experiment.replace({"data.train": [str(train)]})
+    tests = (str(seen), str(clean))
+    found = tables.collect(dataclasses.replace(profile, experiment=e), "t", [Variant("A")], tests=tests, seeds=[0])
+    said = {r["test_set"]: r["status"] for r in found.rows}
+    assert said[str(clean)] == MEASURED and said[str(seen)].startswith("not run: trained on 1 of its 2 pictures")
+    assert {test for test, _, _ in calls} == {str(clean)}
+
+
+def test_means_over_other_seeds_are_not_called_best_but_changes_are():
+    lcco = rows_of(seeds=(0, 1), lcco=(60.0, 50.0), baseline=(10.0, 10.0))
+    one = rows_of(seeds=(0,), lcco=(58.0,), baseline=(9.0,))
+    rows = [r | {"change_J": 0.0} for r in lcco if r["row"] == "LCCo"]
+    rows += [r | {"row": "other", "change_J": -2.0} for r in one if r["row"] == "LCCo"]
+    both = Table("t", rows, dataclasses.replace(LAYOUT, metrics=("P", "J", "change_J")))
+    assert not any(cell(both, row, "msrc7", "J").best for row in ("LCCo", "other"))  # 55.0 against 58.0
+    assert cell(both, "LCCo", "msrc7", "change_J").best and not cell(both, "other", "msrc7", "change_J").best
+
+
+def test_a_set_that_chose_the_weights_is_no_clean_test_and_intruders_are_no_images():
+    def said(checkpoint: str, holdout: list[str]) -> str:
+        record = {"experiment": {"seed": 0, "train": {"checkpoint": checkpoint}, "data": {"holdout": holdout}}}
+        return Table("t", rows_of(), LAYOUT, {"r": record}).markdown()
+
+    assert "MSRC7 was not trained on, but the step" in said("best", ["msrc7"])
+    assert "was not trained on" not in said("last", ["msrc7"]) + said("best", ["voc_val"])
+    rows = [r | {"absent": k, "images": 20 + 3 * k} for r in rows_of() for k in (0, 1)]
+    assert "MSRC7 20." in Table("t", rows, LAYOUT).markdown()
 
 
 def test_best_is_bold_and_a_tie_of_all_is_not():

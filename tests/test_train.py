@@ -3,7 +3,10 @@
 import gc
 import json
 import multiprocessing
+import os
 import shutil
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 
@@ -14,7 +17,7 @@ import torch
 from PIL import Image, ImageOps
 
 from lcco import runs
-from lcco.backbones import read_tensors
+from lcco.backbones import model_file, read_tensors
 from lcco.common import LCCoError, file_digest
 from lcco.config import Experiment
 from lcco.data import load_data
@@ -225,10 +228,93 @@ def test_an_interrupted_training_can_be_taken_as_it_stands(base, tmp_path):
     run = runs.close_run(base, "the lease ended")
     assert run.record["weights_sha256"] == kept and run.record["environment"] == {"device": "lent"}
     assert run.record["note"].startswith("stopped after step 3 of 6 (the lease ended); weights of step 3")
+    assert run.record["training"]["best"] == read_about(path / "best.safetensors")["holdout_J"]
     assert runs.get_run(base).record == run.record  # it is done: nothing trains
     assert run.evaluate(base.data.train[0], "ufo", 3, allow_overlap=True)["ufo"].summary["images"] == 12
     with pytest.raises(LCCoError, match="done already"):
         runs.close_run(base)
+
+
+def test_a_training_of_data_that_were_edited_since_is_not_taken_as_it_stands(base):
+    train(base, runs.run_path(base), stop_at=4)
+    file = load_data(base.data.train[0]).truth_path(0)
+    ImageOps.invert(Image.open(file).convert("L")).save(file)
+    with pytest.raises(LCCoError, match="was edited since"):
+        runs.close_run(base)
+
+
+def test_a_start_from_nothing_leaves_nothing_of_one_before(base, tmp_path):
+    train(base, tmp_path, stop_at=4)
+    (tmp_path / "checkpoint.pt").unlink()
+    longer = base.replace({"train.eval_every": 6})
+    train(longer, tmp_path, stop_at=4)
+    assert (tmp_path / "metrics.jsonl").read_text() == "" and not (tmp_path / "best.safetensors").exists()
+    train(longer, tmp_path)
+    assert [json.loads(n)["step"] for n in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [6]
+
+
+def test_logged_losses_are_means_over_the_steps_since_the_line_before(base, tmp_path):
+    """Without learning every step's loss stands; lines after 2, 4 and 6 steps must average to the line after all 6."""
+    still = base.replace({"train.lr": 0.0, "train.weight_decay": 0.0, "train.ema": 0.0, "data.holdout": []})
+
+    def losses(every: int) -> list[float]:
+        train(still.replace({"train.eval_every": every}), tmp_path / str(every))
+        return [json.loads(n)["loss"] for n in (tmp_path / str(every) / "metrics.jsonl").read_text().splitlines()]
+
+    often, once = losses(2), losses(6)
+    assert len(often) == 3 and len(once) == 1 and np.mean(often) == pytest.approx(once[0], abs=1e-5)
+
+
+def test_a_run_to_go_on_from_gives_the_weights_that_its_settings_evaluate(base):
+    for kind in ("best", "last"):
+        run = runs.get_run(base.replace({"train.checkpoint": kind}))
+        assert run.weights.name == f"{kind}.safetensors" == model_file(f"run:{run.path.name}", "train.start").name
+
+
+def test_a_model_is_not_used_with_another_tower_or_backbone(base, tmp_path):
+    run = runs.get_run(base)
+    run.evaluate(base.data.train[0], "ufo", 3, allow_overlap=True)
+    card = Path(base.tower.model)
+    card.write_text(card.read_text().replace('"mean": [0.5, 0.5, 0.5]', '"mean": [0.4, 0.5, 0.5]'))
+    runs._SHARED.clear()
+    with pytest.raises(LCCoError, match="trained with another tower .*put that tower's files back"):
+        runs.open_run(run.path).evaluate(base.data.train[0], "native", 3, allow_overlap=True)
+    asked = load_model(run.weights, **{"tower.model": str(card)})
+    assert asked.inputs.tower.identity != read_about(run.weights)["tower"]
+
+
+def test_what_it_was_trained_on_must_be_known_to_score_it(base, tmp_path):
+    mine, run = Path(base.data.train[0]), runs.get_run(base)
+    test, other = (drawn.folders(tmp_path, ["cow"], 3, name=n, first=f) for n, f in (("test", 60), ("other", 80)))
+    picture = next((mine / "image/cow").iterdir())
+    shutil.copy(picture, next((test / "image/cow").iterdir()))
+    with pytest.raises(LCCoError, match="was trained on 1 of the"):
+        run.evaluate(str(test), "ufo", 3)
+    clean = run.evaluate(str(other), "ufo", 3)
+    picture.rename(tmp_path / "moved.jpg")  # moved away, it still was trained on
+    with pytest.raises(LCCoError, match="was trained on other pictures"):
+        runs.open_run(run.path).evaluate(str(test), "ufo", 3)
+    shutil.rmtree(mine)  # gone: what was compared before is known
+    again = runs.open_run(run.path)
+    assert again.evaluate(str(other), "ufo", 3) == clean
+    with pytest.raises(LCCoError, match="was trained on 1 of the"):
+        again.evaluate(str(test), "ufo", 3)
+    with pytest.raises(LCCoError, match="Not to be told"):
+        again.evaluate(str(drawn.folders(tmp_path, ["dog"], 3, name="new", first=70)), "ufo", 3)
+
+
+def test_two_processes_train_one_model_together(tmp_path):
+    """As `accelerate launch` does it: one lock, one record, one set of weights; the groups of a step are shared out."""
+    here = {**os.environ, "LCCO_RUNS": str(tmp_path / "runs"), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    words = ["-m", "lcco", "train", "--profile", "smoke", "--set", "train.steps=3", "--set", "loss.lambda_c=0"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *words]
+    for _ in range(2):  # trained, then found
+        done = subprocess.run(launch, env=here, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr[-3000:]
+    (run,) = (tmp_path / "runs").glob("*-*/")
+    record = json.loads((run / "record.json").read_text())
+    assert record["processes"] == 2 and record["training"]["step"] == 3
+    assert [json.loads(n)["step"] for n in (run / "metrics.jsonl").read_text().splitlines()][-1] == 3
 
 
 def test_a_run_without_its_weights_still_tells_its_scores(base, tmp_path):
