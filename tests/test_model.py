@@ -445,7 +445,7 @@ def test_words_are_chosen_in_full_precision_whatever_the_training_uses():
         plain = net(x, h, prompts)
         with torch.autocast("cpu", torch.bfloat16):
             half = net(x, h, prompts)
-    assert (h.bfloat16() @ prompts.T.bfloat16()).float().sub(plain.similarity).abs().max() > 1e-3
+    assert (h.bfloat16() @ prompts.T.bfloat16()).float().sub(plain.similarity).abs().max() > 1e-4
     assert half.similarity.dtype == half.v.dtype == torch.float32 and half.logits.dtype == torch.bfloat16
     assert torch.equal(half.similarity, plain.similarity) and torch.equal(half.distilled, plain.distilled)
     torch.testing.assert_close(half.v, plain.v, atol=1e-6, rtol=0)
