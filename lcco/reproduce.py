@@ -323,8 +323,9 @@ def write_index(results: Path) -> Path:
                 cells.setdefault(profile, {}).setdefault(said, []).append(on)
     out = ["# Results", "The paper's tables, number by number: what it prints, and what was measured here, at which "
            "scale. P / J in per cent under the table's first protocol, mean ± standard deviation of J over seeds. The "
-           "profiles differ in data, backbone and image–text tower, so only `paper` is comparable with the paper's "
-           "own numbers; a test set is named with each number. In brackets: the change of J against the same seeds of "
+           "profiles differ in data, backbone and image–text tower from the paper and from each other, so the "
+           "paper's numbers are context, no rivals; in its Tables 2 to 5 they are for iCoseg. “–” is no part of a "
+           "profile's run. In brackets: the change of J against the same seeds of "
            "the profile's own reading."]  # fmt: skip
     out += [f"- [`{p}`]({p}/README.md) ([report]({p}/report.html)): {about}" for p, about in profiles.items()]
     for name, title in titles.items():

@@ -11,6 +11,7 @@ import dataclasses
 import html
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -31,6 +32,7 @@ ROW_FIELDS = (
     "seed", "images", "P", "J", "paper_P", "paper_J", "status", "run",
     "P_class", "J_class", "J_pooled", "J_nonempty",
 )  # fmt: skip
+_KEY = ("test_set", "protocol", "group_size", "seed")  # with `row`: what a measured row is of
 MEASURED, QUOTED = "measured", "not run: quoted from the paper"
 LABELS = {
     "msrc7": "MSRC7", "msrc14": "MSRC (14)", "internet300": "Internet", "icoseg8": "iCoseg", "pascal1037": "PASCAL",
@@ -481,13 +483,44 @@ class Table:
         return "\n".join([*out, r"\end{document}"]) + "\n"
 
     def write(self, folder: Path) -> Table:
-        """Write `<name>.csv`, `.md`, `.tex` and `.records.json` into the folder."""
+        """Write `<name>.csv`, `.md`, `.tex` and `.records.json` into the folder.
+
+        A table with measured rows is not replaced by one without any; rows that a new table lacks are told.
+        """
         folder = Path(folder)
+        if not self._may_replace(folder / f"{self.name}.csv"):
+            return self
         csv = self.rows.to_csv(index=False, lineterminator="\n")
         for suffix, text in (("csv", csv), ("md", self.markdown()), ("tex", self.latex())):
             write_text(folder / f"{self.name}.{suffix}", text)
         write_json(folder / f"{self.name}.records.json", {"layout": dataclasses.asdict(self.layout), "runs": self.runs})
         return self
+
+
+    def _may_replace(self, csv: Path) -> bool:
+        if not csv.is_file():
+            return True
+        try:
+            before = read_table(csv)
+        except LCCoError:  # damaged: nothing to lose
+            return True
+
+        def measured(table: Table) -> set[tuple[str, ...]]:
+            rows = table.rows[table.rows["status"] == MEASURED].reindex(columns=["row", *_KEY]).fillna("")
+            told = rows.map(lambda v: str(int(v)) if isinstance(v, float) else str(v))  # a csv may give 5 as 5.0
+            return set(told.itertuples(index=False, name=None))
+
+        lost, mine = measured(before), measured(self)
+        if lost and not mine:
+            why = self.rows["status"].iloc[0] if len(self.rows) else "no rows"
+            said = f"kept, with its {len(lost)} measured rows; here nothing was measured ({why})"
+            print(f"{csv}: {said}", file=sys.stderr)
+            return False
+        if gone := sorted({row for row, *_ in lost - mine}):
+            rows = ", ".join(gone[:4]) + (f" and {len(gone) - 4} more" if len(gone) > 4 else "")
+            said = f"no longer holds what was measured of {rows}; `results: FOLDER` writes elsewhere"
+            print(f"{csv}: {said}", file=sys.stderr)
+        return True
 
 
 def write_table(rows: Any, folder: Path, name: str, layout: Layout, runs: Iterable[Run] = ()) -> Table:

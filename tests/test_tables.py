@@ -216,6 +216,19 @@ def test_a_set_that_chose_the_weights_is_no_clean_test_and_intruders_are_no_imag
     assert "MSRC7 20." in Table("t", rows, LAYOUT).markdown()
 
 
+def test_a_measured_table_is_not_replaced_by_an_empty_one_and_lost_rows_are_told(tmp_path: Path, capsys):
+    write_table(rows_of(), tmp_path, "t", LAYOUT)
+    before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
+    empty = [r | {"P": None, "J": None, "run": None, "status": "not run: data not found (x)"} for r in rows_of()]
+    write_table(empty, tmp_path, "t", LAYOUT)
+    assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
+    assert "t.csv: kept, with its 6 measured rows; here nothing was measured (not run" in capsys.readouterr().err
+    write_table([r for r in rows_of() if r["row"] == "LCCo"], tmp_path, "t", LAYOUT)
+    assert "no longer holds what was measured of Baseline; `results: FOLDER`" in capsys.readouterr().err
+    write_table(rows_of(), tmp_path, "t", LAYOUT)
+    assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before and not capsys.readouterr().err
+
+
 def test_best_is_bold_and_a_tie_of_all_is_not():
     table = Table("table1_main", rows_of(), LAYOUT)
     assert cell(table, "LCCo", "msrc7", "J").best and not cell(table, "Baseline", "msrc7", "J").best
