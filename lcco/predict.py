@@ -105,9 +105,7 @@ class Report:
     def say_failed(self) -> None:
         """Name the files that could not be read, on stderr."""
         if names := self.failed:
-            more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-            of = f"{len(names)} of {len(self.record['images'])}"
-            print(f"{of} pictures could not be read: {', '.join(names[:10])}{more}", file=sys.stderr, flush=True)
+            _say(f"{len(names)} of {len(self.record['images'])} pictures could not be read: {_few(names, 10)}")
 
     @property
     def words(self) -> list[tuple[str, float]]:
@@ -153,13 +151,15 @@ def cosegment_folder(
     """
     began = time.monotonic()
     folder, out = Path(folder).expanduser(), Path(out).expanduser()
-    files = pictures_in(folder)
+    files, others = _listing(folder)
     model = weights if hasattr(weights, "inputs") else _weights_file(weights)
     stamps = [(f.name, (s := f.stat()).st_size, s.st_mtime_ns) for f in files]
     settings = {"threshold": threshold, "class": cls, "words": _word_list(words), "at_once": at_once}
     sha = file_digest(model, 64) if isinstance(model, Path) else "in memory"
     made_by = sha if isinstance(model, Path) else time.time_ns()  # a model in memory has no lasting name
     key = digest([settings, made_by, __version__, stamps], 16)
+    for why, names in others.items():
+        _say(f"left out, {why}: {_few(names, 2)}")
     before = _read_record(out / "result.json", key)
     done = {
         i["name"]: i for i in before.get("images", ())
@@ -173,7 +173,7 @@ def cosegment_folder(
 
     predictor, query = _ask(model, words, cls, threshold, at_once)
     if query.word and cls and query.word.casefold() != cls.casefold():
-        print(f"looking for `{query.word}`, the vocabulary's word for `{cls}`", file=sys.stderr)
+        _say(_word_for(cls, query.word, predictor))
     stems = _stems(files)
     record: dict[str, Any] = {
         "key": key, "complete": False, "folder": folder.resolve().name,
@@ -206,7 +206,7 @@ def cosegment_folder(
                     if pair and len(thumbs) < ON_SHEET:
                         thumbs[image["name"]] = pair
                     if image["error"]:
-                        print(f"skipped {image['name']}: {image['error']}", file=sys.stderr, flush=True)
+                        _say(f"skipped {_flat(image['name'])}: {image['error']}")
         finally:  # an interruption loses nothing that was made
             order = {f.name: n for n, f in enumerate(files)}
             record["images"].sort(key=lambda i: order[i["name"]])
@@ -270,18 +270,35 @@ def first_pictures(profile: Profile, folder: Path, weights: str | None = None, i
 def pictures_in(folder: Path | str) -> list[Path]:
     """The picture files of a folder, by name; folders in it and hidden files are left alone.
 
-    Raises: LCCoError for a missing folder or one without pictures.
+    Raises: LCCoError for a missing or unreadable folder or one without pictures.
     """
-    folder = Path(folder).expanduser()
-    if not folder.is_dir():
-        raise LCCoError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}; give one with pictures")
-    entries = sorted((e for e in folder.iterdir() if e.name[0] != "."), key=lambda e: (e.name.casefold(), e.name))
-    found = [e for e in entries if e.suffix.lower() in ENDINGS and e.is_file()]
+    return _listing(Path(folder).expanduser())[0]
+
+
+def _listing(folder: Path) -> tuple[list[Path], dict[str, list[str]]]:
+    """The pictures of a folder, and by reason the names of the files beside them that are not taken."""
+    try:
+        if not folder.is_dir():
+            what = "not a folder" if folder.exists() else "no such folder"
+            raise LCCoError(f"{folder}: {what}; give one with pictures")
+        entries = sorted((e for e in folder.iterdir() if e.name[0] != "."), key=lambda e: (e.name.casefold(), e.name))
+        found = [e for e in entries if e.suffix.lower() in ENDINGS and e.is_file()]
+        ending = [e.name for e in entries if e.suffix.lower() not in ENDINGS and not e.is_dir()]
+        broken = [e.name for e in entries if e.suffix.lower() in ENDINGS and not e.exists()]
+    except OSError as error:
+        raise LCCoError(f"{folder}: {error.strerror or error}; give a folder that can be read") from None
     if not found:
-        inner = next((e for e in entries if e.is_dir() and any(f.suffix.lower() in ENDINGS for f in e.iterdir())), None)
+        inner = next((e for e in entries if _has_pictures(e)), None)
         hint = f"; there are some in {inner}: give that folder" if inner else f" ({', '.join(sorted(ENDINGS))})"
         raise LCCoError(f"{folder}: no pictures in it{hint}")
-    return found
+    return found, {why: n for why, n in (("by their ending", ending), ("as broken links", broken)) if n}
+
+
+def _has_pictures(folder: Path) -> bool:
+    try:
+        return any(f.suffix.lower() in ENDINGS and f.name[0] != "." for f in folder.iterdir())
+    except OSError:  # no folder, or one of somebody else: no hint
+        return False
 
 
 # ------------------------------------------------------------------------------------------------------- the question
@@ -346,15 +363,35 @@ def _word_list(words: Any) -> list[str] | None:
 
 def _weights_file(weights: Path | str | None) -> Path:
     path = SHIPPED if weights is None else Path(weights).expanduser()
-    if path.is_file():
-        return path
+    try:
+        if path.is_file():
+            path.open("rb").close()
+            return path
+        folder = path.is_dir()
+    except OSError as error:
+        raise LCCoError(f"{path}: {error.strerror or error}; give a model file or a run that can be read") from None
     if weights is None:
         raise LCCoError(f"{path}: the shipped weights are not here; give weights: a model file, or a trained run")
-    if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors" and not folder:
         raise LCCoError(f"{path}: no such model file")
+    if path.is_absolute() and not folder:
+        raise LCCoError(f"{path}: no such model file or run; give a file, a run's folder or the start of its name")
     from lcco.runs import open_run
 
-    return open_run(weights).weights
+    return open_run(path if folder else weights).weights
+
+
+def _word_for(cls: str, word: str, predictor: Predictor) -> str:
+    """What is looked for in place of a class that is not itself in the vocabulary."""
+    from lcco.semantics import VOCABULARIES, target_word
+
+    if target_word(cls, predictor.inputs.words) is not None:
+        return f"looking for `{word}`, the vocabulary's word for `{cls}`"
+    name = predictor.experiment.tower.vocabulary
+    file = Path(__file__).parent / "vocab" / f"{name}.txt" if name in VOCABULARIES else Path(name).expanduser()
+    listed = file if file.is_file() else f"lcco.semantics.vocabulary({name!r})" if name in VOCABULARIES else None
+    near = f"`{_flat(cls)}` is not a word of the vocabulary; looking for `{word}`, the nearest, which may mean nothing"
+    return near + (f"; its words: {listed}" if listed else "")
 
 
 # ------------------------------------------------------------------------------------------------------------ one set
@@ -543,7 +580,7 @@ def _sheet(folder: Path, out: Path, record: dict[str, Any], thumbs: dict[str, _T
                 sheet.paste(small, (x + (box - small.width) // 2, y + k * (height + 4) + (height - small.height) // 2))
             share = f"  {image['foreground']:.0%}" if image["foreground"] else "  nothing"
             room = box - text.textlength(share, small_font)
-            label = _cut(text, image["name"], small_font, room) + share
+            label = _cut(text, _flat(image["name"]), small_font, room) + share
             text.text((x + box / 2, y + 2 * height + 8), label, (40, 40, 40), small_font, anchor="ma")
         y += 2 * height + line + 2 * gap
     return sheet
@@ -604,6 +641,20 @@ def _stems(files: Sequence[Path]) -> dict[str, str]:
             taken.add(stem.casefold())
         out[file.name] = stem
     return out
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _flat(name: str) -> str:
+    """A name on one line: disks take newlines in names."""
+    return " ".join(name.split())
+
+
+def _few(names: Sequence[str], n: int = 5) -> str:
+    more = f" and {len(names) - n} more" if len(names) > n else ""
+    return ", ".join(map(_flat, names[:n])) + more
 
 
 def _try(work: Callable[..., R], *values: Any) -> R | str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -370,7 +371,7 @@ def test_bad_files_are_named_and_the_rest_is_done(model, photos, tmp_path, capsy
     assert report.failed == ["cut.jpg", "empty.gif", "phone.heic", "text.png"]
     said = capsys.readouterr().err
     assert all(f"skipped {name}: " in said for name in report.failed) and "4 of 8 pictures" in said
-    assert "export it as JPEG" in said and "note.txt" not in said
+    assert "export it as JPEG" in said and "left out, by their ending: note.txt\n" in said
     assert len(list((tmp_path / "out" / "masks").iterdir())) == 4 and (tmp_path / "out" / "contact_sheet.jpg").is_file()
     errors = {i["name"]: i["error"] for i in report.record["images"]}
     assert errors["p0.jpg"] is None and "truncated" in errors["cut.jpg"].lower()
@@ -429,6 +430,72 @@ def test_a_place_that_cannot_be_written(model, photos, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(LCCoError, match="file.*can be written"):
         cosegment_folder(photos, tmp_path / "file" / "out", weights=model)
+
+
+def test_a_class_that_is_no_word_is_said(model, weights, photos, tmp_path, capsys):
+    cosegment_folder(photos, tmp_path / "a", weights=model, cls="zorkmid")
+    (line,) = capsys.readouterr().err.splitlines()
+    near = json.loads((tmp_path / "a" / "result.json").read_text())["settings"]["looked_for"]
+    assert f"`zorkmid` is not a word of the vocabulary; looking for `{near}`, the nearest" in line
+    assert line.endswith(f"may mean nothing; its words: {weights.parent / 'words.txt'}")
+    cosegment_folder(photos, tmp_path / "b", weights=model, cls="aeroplane")
+    assert "looking for `airplane`, the vocabulary's word for `aeroplane`" in capsys.readouterr().err
+    cosegment_folder(photos, tmp_path / "c", weights=model, cls="Dog")
+    assert capsys.readouterr().err == ""
+
+
+def test_folders_that_cannot_be_read(model, tmp_path, monkeypatch):
+    (tmp_path / "in" / "inner").mkdir(parents=True)
+    real, locked = Path.iterdir, []
+
+    def iterdir(folder):  # as chmod 000, which root may read
+        if folder.name in locked:
+            raise PermissionError(13, "Permission denied", str(folder))
+        return real(folder)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    for name, says in (("inner", "no pictures in it"), ("in", "in: Permission denied; give a folder that can be read")):
+        locked[:] = [name]
+        with pytest.raises(LCCoError, match=says) as error:
+            cosegment_folder(tmp_path / "in", tmp_path / "out", weights=model)
+        assert "\n" not in str(error.value)
+
+
+def test_weights_that_cannot_be(weights, photos, tmp_path, monkeypatch):
+    for given in (tmp_path / "no" / "run", str(tmp_path / "run*")):
+        with pytest.raises(LCCoError, match="no such model file or run") as error:
+            cosegment(photos, weights=given)
+        assert "\n" not in str(error.value) and str(given) in str(error.value)
+    monkeypatch.setattr(Path, "open", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    with pytest.raises(LCCoError, match="tiny.safetensors: Permission denied; give"):
+        cosegment(photos, weights=weights)
+
+
+def test_names_that_are_no_line_of_text(model, photos, tmp_path, capsys):
+    picture(0).save(photos / "two\nlines.png")
+    (photos / "bad\none.png").write_text("no")
+    name = os.fsdecode(b"caf\xe9.jpg")
+    try:
+        (photos / "p0.jpg").rename(photos / name)
+    except OSError:  # some disks take only text
+        name = "p0.jpg"
+    report = cosegment_folder(photos, tmp_path / "out", weights=model)
+    assert report.failed == ["bad\none.png"] and "skipped bad one.png: " in capsys.readouterr().err
+    assert {i["name"] for i in report.record["images"]} >= {name, "two\nlines.png"}
+    assert (tmp_path / "out" / "contact_sheet.jpg").is_file()
+
+
+def test_what_is_left_out_is_said(model, photos, tmp_path, capsys):
+    cosegment_folder(photos, tmp_path / "none", weights=model)
+    assert "left out" not in capsys.readouterr().err
+    for name in ("a.ico", "notes.txt", "plain", "raw.cr2", "z.pdf", ".hidden"):
+        (photos / name).write_text("")
+    (photos / "inner.txt").mkdir()
+    (photos / "gone.jpg").symlink_to(photos / "nowhere.jpg")
+    cosegment_folder(photos, tmp_path / "out", weights=model)
+    assert capsys.readouterr().err.splitlines() == [
+        "left out, by their ending: a.ico, notes.txt and 3 more", "left out, as broken links: gone.jpg"
+    ]  # fmt: skip
 
 
 def test_first_pictures_are_drawn_where_photographs_are_absent(weights, tmp_path, monkeypatch):
