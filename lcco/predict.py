@@ -105,9 +105,7 @@ class Report:
     def say_failed(self) -> None:
         """Name the files that could not be read, on stderr."""
         if names := self.failed:
-            more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-            of = f"{len(names)} of {len(self.record['images'])}"
-            print(f"{of} pictures could not be read: {', '.join(names[:10])}{more}", file=sys.stderr, flush=True)
+            _say(f"{len(names)} of {len(self.record['images'])} pictures could not be read: {_few(names, 10)}")
 
     @property
     def words(self) -> list[tuple[str, float]]:
@@ -148,33 +146,45 @@ def cosegment_folder(
 
     Writes `masks/<stem>.png` (0 and 255, the picture's own size, upright), `overlays/<stem>.jpg` (at most 1600 px),
     `contact_sheet.jpg` and `result.json`. Unreadable pictures are named, skipped and listed in `Report.failed`. Given
-    again after an interruption it makes only what is missing; with other pictures or settings, all of it.
-    Raises: LCCoError for a folder without pictures or a place that cannot be written, and as `cosegment` does.
+    again after an interruption it makes only what is missing; with other pictures or settings, all of it: what an
+    earlier start made and this one does not is removed, a mask changed by hand since is kept as `<stem>.edited.png`.
+    Raises: LCCoError for a folder without pictures, a place that cannot be written or that holds what lcco did not
+    make, and as `cosegment` does.
     """
     began = time.monotonic()
     folder, out = Path(folder).expanduser(), Path(out).expanduser()
-    files = pictures_in(folder)
+    files, others = _listing(folder)
+    old = _earlier(folder, out)
     model = weights if hasattr(weights, "inputs") else _weights_file(weights)
     stamps = [(f.name, (s := f.stat()).st_size, s.st_mtime_ns) for f in files]
     settings = {"threshold": threshold, "class": cls, "words": _word_list(words), "at_once": at_once}
     sha = file_digest(model, 64) if isinstance(model, Path) else "in memory"
     made_by = sha if isinstance(model, Path) else time.time_ns()  # a model in memory has no lasting name
     key = digest([settings, made_by, __version__, stamps], 16)
-    before = _read_record(out / "result.json", key)
-    done = {
-        i["name"]: i for i in before.get("images", ())
-        if i["error"] or all((out / str(i[k])).is_file() for k in ("mask", "overlay"))
-    }  # fmt: skip
+    for why, names in others.items():
+        _say(f"left out, {why}: {_few(names, 2)}")
+    before = old if old.get("key") == key else {}
+    done, sheet = _done(folder, out, before, list(_sets(files, at_once))), out / "contact_sheet.jpg"
     if before.get("complete") and len(done) == len(files):
-        print(f"{out}: made before from the same pictures and settings; nothing to do", file=sys.stderr)
-        report = Report(out, before)
+        record = before | {"images": [done[f.name] for f in files]}
+        with _writable(out):
+            if record != before:  # what is wrong with a picture may have changed
+                write_json(out / "result.json", record)
+            if sheet.is_file() or all(i["error"] for i in done.values()):
+                _say(f"{out}: made before from the same pictures and settings; nothing to do")
+            else:
+                _save_sheet(folder, out, record, {})
+                print(f"to look at: {sheet}, made again; the masks are there as before")
+        report = Report(out, record)
         report.say_failed()
         return report
 
     predictor, query = _ask(model, words, cls, threshold, at_once)
     if query.word and cls and query.word.casefold() != cls.casefold():
-        print(f"looking for `{query.word}`, the vocabulary's word for `{cls}`", file=sys.stderr)
+        _say(_word_for(cls, query.word, predictor))
     stems = _stems(files)
+    known = _made(old)
+    kept: list[str] = []
     record: dict[str, Any] = {
         "key": key, "complete": False, "folder": folder.resolve().name,
         "settings": settings | {"looked_for": query.word}, "versions": _versions(),
@@ -191,6 +201,7 @@ def cosegment_folder(
     thumbs: dict[str, _Thumbs] = {}
     with _writable(out):
         out.mkdir(parents=True, exist_ok=True)
+        _save(out, record, known)  # first, so that whatever ends this start, the next knows whose folder it is
         try:
             for number, part in enumerate(_sets(files, at_once), 1):
                 todo = [f for f in part if f.name not in done]
@@ -201,27 +212,32 @@ def cosegment_folder(
                 scores = [{"word": w, "score": round(s, 4)} for w, s in shown]
                 record["sets"][number - 1] = {"images": sum(not r.error for r in found), "words": scores}
                 jobs = [(f, r, stems[f.name]) for f, r in zip(part, found, strict=True) if f in todo]
-                for image, pair in _threaded(lambda job: _write(out, *job), jobs, "writing masks"):
+                for image, pair in _threaded(lambda job: _write(out, known, kept, *job), jobs, "writing masks"):
                     record["images"].append(image)
                     if pair and len(thumbs) < ON_SHEET:
                         thumbs[image["name"]] = pair
                     if image["error"]:
-                        print(f"skipped {image['name']}: {image['error']}", file=sys.stderr, flush=True)
+                        _say(f"skipped {_flat(image['name'])}: {image['error']}")
         finally:  # an interruption loses nothing that was made
             order = {f.name: n for n, f in enumerate(files)}
             record["images"].sort(key=lambda i: order[i["name"]])
             record["seconds"] = round(before.get("seconds", 0) + time.monotonic() - began, 3)
-            write_json(out / "result.json", record)
+            _save(out, record, known)
+            if kept:
+                _say(f"{out / 'masks'}: changed since lcco made them, so kept beside the new ones: {_few(kept)}")
         good = [i for i in record["images"] if not i["error"]]
         if good:
-            with atomic_path(out / "contact_sheet.jpg") as part_file:
-                _sheet(folder, out, record, thumbs).save(part_file, "JPEG", quality=90)
-        write_json(out / "result.json", record | {"complete": True})
-    report = Report(out, record | {"complete": True})
+            _save_sheet(folder, out, record, thumbs)
+        elif known:
+            sheet.unlink(missing_ok=True)
+        _remove_old(out, record, known)
+        record = {k: v for k, v in record.items() if k != "earlier"} | {"complete": True}
+        write_json(out / "result.json", record)
+    report = Report(out, record)
     said = ", ".join(f"{w} {s:.2f}" for w, s in report.words[:3])
     print(f"{len(good)} masks in {out / 'masks'}" + (f"; in common: {said}" if good and said else ""))
     if good:
-        print(f"to look at: {out / 'contact_sheet.jpg'} ({duration(time.monotonic() - began)})")
+        print(f"to look at: {sheet} ({duration(time.monotonic() - began)})")
     report.say_failed()
     return report
 
@@ -270,18 +286,37 @@ def first_pictures(profile: Profile, folder: Path, weights: str | None = None, i
 def pictures_in(folder: Path | str) -> list[Path]:
     """The picture files of a folder, by name; folders in it and hidden files are left alone.
 
-    Raises: LCCoError for a missing folder or one without pictures.
+    Raises: LCCoError for a missing or unreadable folder or one without pictures.
     """
-    folder = Path(folder).expanduser()
-    if not folder.is_dir():
-        raise LCCoError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}; give one with pictures")
-    entries = sorted((e for e in folder.iterdir() if e.name[0] != "."), key=lambda e: (e.name.casefold(), e.name))
-    found = [e for e in entries if e.suffix.lower() in ENDINGS and e.is_file()]
+    return _listing(Path(folder).expanduser())[0]
+
+
+def _listing(folder: Path) -> tuple[list[Path], dict[str, list[str]]]:
+    """The pictures of a folder, and by reason the names of the files beside them that are not taken."""
+    try:
+        if not folder.is_dir():
+            what = "not a folder" if folder.exists() else "no such folder"
+            raise LCCoError(f"{folder}: {what}; give one with pictures")
+        entries = sorted((e for e in folder.iterdir() if e.name[0] != "."), key=lambda e: (e.name.casefold(), e.name))
+        if _read_record(folder / "result.json"):  # a folder that lcco wrote: its sheet is no picture of a set
+            entries = [e for e in entries if e.name not in ("contact_sheet.jpg", "result.json")]
+        found = [e for e in entries if e.suffix.lower() in ENDINGS and e.is_file()]
+        ending = [e.name for e in entries if e.suffix.lower() not in ENDINGS and not e.is_dir()]
+        broken = [e.name for e in entries if e.suffix.lower() in ENDINGS and not e.exists()]
+    except OSError as error:
+        raise LCCoError(f"{folder}: {error.strerror or error}; give a folder that can be read") from None
     if not found:
-        inner = next((e for e in entries if e.is_dir() and any(f.suffix.lower() in ENDINGS for f in e.iterdir())), None)
+        inner = next((e for e in entries if _has_pictures(e)), None)
         hint = f"; there are some in {inner}: give that folder" if inner else f" ({', '.join(sorted(ENDINGS))})"
         raise LCCoError(f"{folder}: no pictures in it{hint}")
-    return found
+    return found, {why: n for why, n in (("by their ending", ending), ("as broken links", broken)) if n}
+
+
+def _has_pictures(folder: Path) -> bool:
+    try:
+        return any(f.suffix.lower() in ENDINGS and f.name[0] != "." for f in folder.iterdir())
+    except OSError:  # no folder, or one of somebody else: no hint
+        return False
 
 
 # ------------------------------------------------------------------------------------------------------- the question
@@ -346,15 +381,35 @@ def _word_list(words: Any) -> list[str] | None:
 
 def _weights_file(weights: Path | str | None) -> Path:
     path = SHIPPED if weights is None else Path(weights).expanduser()
-    if path.is_file():
-        return path
+    try:
+        if path.is_file():
+            path.open("rb").close()
+            return path
+        folder = path.is_dir()
+    except OSError as error:
+        raise LCCoError(f"{path}: {error.strerror or error}; give a model file or a run that can be read") from None
     if weights is None:
         raise LCCoError(f"{path}: the shipped weights are not here; give weights: a model file, or a trained run")
-    if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors" and not folder:
         raise LCCoError(f"{path}: no such model file")
+    if path.is_absolute() and not folder:
+        raise LCCoError(f"{path}: no such model file or run; give a file, a run's folder or the start of its name")
     from lcco.runs import open_run
 
-    return open_run(weights).weights
+    return open_run(path if folder else weights).weights
+
+
+def _word_for(cls: str, word: str, predictor: Predictor) -> str:
+    """What is looked for in place of a class that is not itself in the vocabulary."""
+    from lcco.semantics import VOCABULARIES, target_word
+
+    if target_word(cls, predictor.inputs.words) is not None:
+        return f"looking for `{word}`, the vocabulary's word for `{cls}`"
+    name = predictor.experiment.tower.vocabulary
+    file = Path(__file__).parent / "vocab" / f"{name}.txt" if name in VOCABULARIES else Path(name).expanduser()
+    listed = file if file.is_file() else f"lcco.semantics.vocabulary({name!r})" if name in VOCABULARIES else None
+    near = f"`{_flat(cls)}` is not a word of the vocabulary; looking for `{word}`, the nearest, which may mean nothing"
+    return near + (f"; its words: {listed}" if listed else "")
 
 
 # ------------------------------------------------------------------------------------------------------------ one set
@@ -471,8 +526,13 @@ def _from_array(values: np.ndarray, scale: bool = False) -> Image.Image:
 _Thumbs: TypeAlias = "tuple[Image.Image, Image.Image]"
 
 
-def _write(out: Path, file: Path, result: Result, stem: str) -> tuple[dict[str, Any], _Thumbs | None]:
-    """Mask and overlay of one picture; its entry in result.json, and small copies for the contact sheet."""
+def _write(
+    out: Path, known: dict[str, str | None], kept: list[str], file: Path, result: Result, stem: str
+) -> tuple[dict[str, Any], _Thumbs | None]:
+    """Mask and overlay of one picture; its entry in result.json, and small copies for the contact sheet.
+
+    A mask in its place that is neither `known` nor the same is renamed, and its new name added to `kept`.
+    """
     entry: dict[str, Any] = {"name": file.name, "set": result.set, "error": result.error}
     if result.error:
         return entry, None
@@ -487,10 +547,23 @@ def _write(out: Path, file: Path, result: Result, stem: str) -> tuple[dict[str, 
     }  # fmt: skip
     with atomic_path(out / entry["mask"]) as part:
         Image.fromarray(mask.astype(np.uint8) * 255).save(part, "PNG", compress_level=3)
+        entry["mask_sha256"] = file_digest(part, 64)
+        ours = (entry["mask_sha256"], known.get(entry["mask"], ""))
+        mask_file = out / entry["mask"]
+        if mask_file.is_file() and None not in ours and file_digest(mask_file, 64) not in ours:
+            kept.append(_set_aside(mask_file))
     over = overlay(picture, Image.fromarray(result.mask_at(picture.size)))
     with atomic_path(out / entry["overlay"]) as part:
         over.save(part, "JPEG", quality=88)
     return entry, (_thumb(picture), _thumb(over))
+
+
+def _set_aside(file: Path) -> str:
+    """Rename a file to a free name beside it."""
+    n, new = 1, file.with_name(f"{file.stem}.edited{file.suffix}")
+    while new.exists():
+        n, new = n + 1, file.with_name(f"{file.stem}.edited-{n + 1}{file.suffix}")
+    return file.rename(new).name
 
 
 def overlay(picture: Image.Image, mask: Image.Image) -> Image.Image:
@@ -508,6 +581,11 @@ def _thumb(picture: Image.Image) -> Image.Image:
     small = picture.copy()
     small.thumbnail((320, 320), Image.Resampling.LANCZOS, reducing_gap=2)
     return small
+
+
+def _save_sheet(folder: Path, out: Path, record: dict[str, Any], thumbs: dict[str, _Thumbs]) -> None:
+    with atomic_path(out / "contact_sheet.jpg") as part:
+        _sheet(folder, out, record, thumbs).save(part, "JPEG", quality=90)
 
 
 def _sheet(folder: Path, out: Path, record: dict[str, Any], thumbs: dict[str, _Thumbs]) -> Image.Image:
@@ -543,7 +621,7 @@ def _sheet(folder: Path, out: Path, record: dict[str, Any], thumbs: dict[str, _T
                 sheet.paste(small, (x + (box - small.width) // 2, y + k * (height + 4) + (height - small.height) // 2))
             share = f"  {image['foreground']:.0%}" if image["foreground"] else "  nothing"
             room = box - text.textlength(share, small_font)
-            label = _cut(text, image["name"], small_font, room) + share
+            label = _cut(text, _flat(image["name"]), small_font, room) + share
             text.text((x + box / 2, y + 2 * height + 8), label, (40, 40, 40), small_font, anchor="ma")
         y += 2 * height + line + 2 * gap
     return sheet
@@ -606,6 +684,20 @@ def _stems(files: Sequence[Path]) -> dict[str, str]:
     return out
 
 
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _flat(name: str) -> str:
+    """A name on one line: disks take newlines in names."""
+    return " ".join(name.split())
+
+
+def _few(names: Sequence[str], n: int = 5) -> str:
+    more = f" and {len(names) - n} more" if len(names) > n else ""
+    return ", ".join(map(_flat, names[:n])) + more
+
+
 def _try(work: Callable[..., R], *values: Any) -> R | str:
     """What `work` gives, or in a line why it could not: decoders raise many kinds of errors on damaged files."""
     try:
@@ -645,13 +737,81 @@ def _writable(out: Path) -> Iterator[None]:
         raise LCCoError(f"{where}: {why}; give a folder that can be written") from None
 
 
-def _read_record(path: Path, key: str) -> dict[str, Any]:
-    """result.json of an earlier start with the same pictures and settings, else nothing."""
+def _read_record(path: Path) -> dict[str, Any]:
+    """result.json of an earlier start of lcco, else nothing."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        return record if record["key"] == key and isinstance(record["images"], list) else {}
-    except (OSError, ValueError, KeyError, TypeError):
+        whole = all(i["name"] and (i["error"] or {"mask", "overlay"} <= i.keys()) for i in record["images"])
+        return record if whole and isinstance(record["key"], str) else {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
+
+
+def _earlier(folder: Path, out: Path) -> dict[str, Any]:
+    """The record of what is in `out`, which must be free for lcco to write into: nothing that it did not make."""
+    with _writable(out):
+        for place in (out, out / "masks", out / "overlays"):
+            if place.exists() and place.samefile(folder):
+                raise LCCoError(f"{place}: is the folder of the pictures; give another --out")
+        if record := _read_record(out / "result.json"):
+            return record
+        for name in ("result.json", "contact_sheet.jpg", "masks", "overlays"):
+            if (out / name).is_file() or ((out / name).is_dir() and any((out / name).iterdir())):
+                raise LCCoError(
+                    f"{out}: holds files that lcco did not make ({name}); give another --out or remove them"
+                )
+    return {}
+
+
+def _made(record: dict[str, Any]) -> dict[str, str | None]:
+    """The masks and overlays that a result lists → their digests, None where unknown."""
+    out = dict(record.get("earlier", {}))
+    for i in record.get("images", ()):
+        if not i["error"]:
+            out |= {i["mask"]: i.get("mask_sha256"), i["overlay"]: None}
+    return {f: d for f, d in out.items() if f in (f"masks/{Path(f).name}", f"overlays/{Path(f).name}")}  # no others
+
+
+def _done(folder: Path, out: Path, before: dict[str, Any], sets: Sequence[Sequence[Path]]) -> dict[str, dict[str, Any]]:
+    """The pictures that need no work, by name, as result.json has them.
+
+    One that could not be read is tried again, as mended permissions do not change a file's date. If it opens now, its
+    whole set is to be made: each mask depends on the others.
+    """
+    made = {i["name"]: i for i in before.get("images", ())}
+    bad = [f for part in sets for f in part if made.get(f.name, {}).get("error")]
+    why = _threaded(lambda f: _try(read, f, LONGEST // 2), bad, "reading pictures")
+    still = {f.name: w for f, w in zip(bad, why, strict=True) if isinstance(w, str)}
+    done = {}
+    for part in sets:
+        if all(f.name in still or f not in bad for f in part):
+            for i in (made[f.name] for f in part if f.name in made):
+                if i["error"]:
+                    done[i["name"]] = i | {"error": still[i["name"]]}
+                elif (out / i["mask"]).is_file() and (out / i["overlay"]).is_file():
+                    done[i["name"]] = i
+    return done
+
+
+def _save(out: Path, record: dict[str, Any], known: dict[str, str | None]) -> None:
+    """result.json of an unfinished start: what it made, and what `earlier` ones did that is not made anew yet."""
+    record["earlier"] = {f: d for f, d in known.items() if f not in _made({"images": record["images"]})}
+    write_json(out / "result.json", record)
+
+
+def _remove_old(out: Path, record: dict[str, Any], known: dict[str, str | None]) -> None:
+    """Remove the masks and overlays of earlier starts that this one does not list, but for those changed since."""
+    new = {(out / f).stat().st_ino for f in _made({"images": record["images"]})}  # a.png may be A.png on this disk
+    old = [out / f for f in record["earlier"]]
+    old = [f for f in old if f.is_file() and f.stat().st_ino not in new]
+    names = {f: f"{f.parent.name}/{f.name}" for f in old}
+    changed = [f for f in old if (sha := known[names[f]]) and sha != file_digest(f, 64)]
+    for file in (gone := [f for f in old if f not in changed]):
+        file.unlink()
+    if gone:
+        _say(f"{out}: removed, as made before from what is not among these pictures: {_few([names[f] for f in gone])}")
+    if changed:
+        _say(f"{out}: changed since lcco made them, so left: {_few([names[f] for f in changed])}")
 
 
 def _versions() -> dict[str, str]:

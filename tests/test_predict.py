@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -370,7 +371,7 @@ def test_bad_files_are_named_and_the_rest_is_done(model, photos, tmp_path, capsy
     assert report.failed == ["cut.jpg", "empty.gif", "phone.heic", "text.png"]
     said = capsys.readouterr().err
     assert all(f"skipped {name}: " in said for name in report.failed) and "4 of 8 pictures" in said
-    assert "export it as JPEG" in said and "note.txt" not in said
+    assert "export it as JPEG" in said and "left out, by their ending: note.txt\n" in said
     assert len(list((tmp_path / "out" / "masks").iterdir())) == 4 and (tmp_path / "out" / "contact_sheet.jpg").is_file()
     errors = {i["name"]: i["error"] for i in report.record["images"]}
     assert errors["p0.jpg"] is None and "truncated" in errors["cut.jpg"].lower()
@@ -429,6 +430,205 @@ def test_a_place_that_cannot_be_written(model, photos, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(LCCoError, match="file.*can be written"):
         cosegment_folder(photos, tmp_path / "file" / "out", weights=model)
+
+
+def test_pictures_are_not_written_over(model, photos, tmp_path):
+    before = {f: (photos / f).read_bytes() for f in files(photos)}
+    (tmp_path / "link").symlink_to(photos)
+    for out in (photos, photos / ".." / "photos", tmp_path / "link"):
+        with pytest.raises(LCCoError, match="is the folder of the pictures; give another --out"):
+            cosegment_folder(photos, out, weights=model)
+    assert before == {f: (photos / f).read_bytes() for f in files(photos)}
+    cosegment_folder(photos, photos / "out", weights=model)  # a folder of its own in it is well
+    masks = photos / "out" / "masks"
+    with pytest.raises(LCCoError, match="masks: is the folder of the pictures"):  # each would replace its picture
+        cosegment_folder(masks, photos / "out", weights=model)
+    (photos / "out" / "p9.jpg").write_bytes(before["p0.jpg"])
+    assert [f.name for f in predict.pictures_in(photos / "out")] == ["p9.jpg"]  # lcco's own sheet is none
+
+
+@pytest.mark.parametrize("name", ["masks/p0.png", "overlays/mine.psd", "contact_sheet.jpg", "result.json"])
+def test_what_lcco_did_not_make_is_left_alone(model, photos, tmp_path, name):
+    mine = tmp_path / "out" / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text("[1]")
+    with pytest.raises(LCCoError, match="out: holds files that lcco did not make.*give another --out") as error:
+        cosegment_folder(photos, tmp_path / "out", weights=model)
+    assert "\n" not in str(error.value) and files(tmp_path / "out") == {name} and mine.read_text() == "[1]"
+    mine.unlink()  # empty folders hold nothing
+    assert not cosegment_folder(photos, tmp_path / "out", weights=model).failed
+
+
+def test_masks_changed_by_hand_are_kept(weights, photos, tmp_path, capsys):
+    out = tmp_path / "out"
+    cosegment_folder(photos, out, weights=weights)
+    hand = Image.new("L", (90, 60), 255)
+    hand.save(out / "masks" / "p1.png")
+    hand.save(out / "masks" / "p7.png")  # one that lcco never wrote
+    mine = (out / "masks" / "p1.png").read_bytes()
+    cosegment_folder(photos, out, weights=weights)
+    assert (out / "masks" / "p1.png").read_bytes() == mine  # nothing to do
+    capsys.readouterr()
+    picture(7, size=(90, 60)).save(photos / "p7.jpg")
+    cosegment_folder(photos, out, weights=weights)
+    assert "kept beside the new ones: p1.edited.png, p7.edited.png\n" in capsys.readouterr().err
+    assert (out / "masks" / "p1.edited.png").read_bytes() == mine != (out / "masks" / "p1.png").read_bytes()
+    hand.resize((9, 6)).save(out / "masks" / "p1.png")  # and again
+    cosegment_folder(photos, out, weights=weights, threshold=0.4)
+    assert {f.name for f in (out / "masks").glob("*.edited*")} == {f"p{n}.png" for n in (
+        "1.edited", "1.edited-2", "7.edited")}  # fmt: skip
+    assert (out / "masks" / "p1.edited.png").read_bytes() == mine and "p1.edited-2.png" in capsys.readouterr().err
+
+
+def test_what_earlier_starts_made_goes(weights, photos, tmp_path, capsys):
+    out = tmp_path / "out"
+    picture(8).save(photos / "p0.png")
+    cosegment_folder(photos, out, weights=weights)
+    Image.new("L", (90, 60), 255).save(out / "masks" / "p3.png")
+    (out / "masks" / "mine.txt").write_text("not lcco's")
+    for name in ("p0.png", "p2.jpg", "p3.jpg"):
+        (photos / name).unlink()
+    capsys.readouterr()
+    report = cosegment_folder(photos, out, weights=weights)
+    said = capsys.readouterr().err
+    assert files(out) == {"result.json", "contact_sheet.jpg", "masks/p0.png", "overlays/p0.jpg", "masks/p1.png",
+        "overlays/p1.jpg", "masks/p3.png", "masks/mine.txt"}  # fmt: skip
+    assert "so left: masks/p3.png\n" in said and "removed" in said and "masks/p2.png" in said
+    assert json.loads((out / "result.json").read_text()) == report.record and "earlier" not in report.record
+    for f in photos.iterdir():
+        f.write_text("no")
+    cosegment_folder(photos, out, weights=weights)
+    assert files(out) == {"result.json", "masks/p3.png", "masks/mine.txt"}
+
+
+def test_an_interruption_forgets_nothing_of_earlier_starts(weights, photos, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    cosegment_folder(photos, out, weights=weights)
+    Image.new("L", (90, 60), 255).save(out / "masks" / "p1.png")
+    (photos / "p3.jpg").unlink()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(predict, "_write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        cosegment_folder(photos, out, weights=weights, threshold=0.4)
+    cosegment_folder(photos, out, weights=weights, threshold=0.6)
+    assert {f.name for f in (out / "masks").iterdir()} == {"p0.png", "p1.png", "p1.edited.png", "p2.png"}
+
+
+def test_a_killed_start_goes_on(weights, photos, tmp_path, monkeypatch):
+    out, real = tmp_path / "out", predict.write_json
+
+    def until_masks(path, value):  # as kill -9: nothing tidies up after the first mask
+        if (out / "masks").is_dir():
+            raise KeyboardInterrupt
+        real(path, value)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(predict, "write_json", until_masks)
+        cosegment_folder(photos, out, weights=weights)
+    assert (out / "masks" / "p0.png").is_file()
+    cosegment_folder(photos, out, weights=weights)
+    assert not [f for f in files(out) if "edited" in f]
+
+
+def test_a_mended_cause_is_something_to_do(weights, photos, tmp_path, monkeypatch, capsys):
+    out, real = tmp_path / "out", predict.read
+
+    def locked(source, side=None):  # as chmod 000, which root may read
+        if Path(source).name in ("p1.jpg", "p2.jpg"):
+            raise PermissionError(13, "Permission denied")
+        return real(source, side)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(predict, "read", locked)
+        assert cosegment_folder(photos, out, weights=weights).failed == ["p1.jpg", "p2.jpg"]
+        patch.setattr(predict, "load_segmenter", lambda *_: pytest.fail("loads the model though nothing is to be done"))
+        assert cosegment_folder(photos, out, weights=weights).failed == ["p1.jpg", "p2.jpg"]  # still
+        assert "nothing to do" in (said := capsys.readouterr().err) and "2 of 4 pictures could not be read" in said
+    assert cosegment_folder(photos, out, weights=weights).failed == []
+    assert "nothing to do" not in capsys.readouterr().err
+    cosegment_folder(photos, tmp_path / "fresh", weights=weights)
+    for name in files(tmp_path / "fresh") - {"result.json"}:  # the others too: each mask depends on the whole set
+        assert (out / name).read_bytes() == (tmp_path / "fresh" / name).read_bytes(), name
+
+
+def test_a_deleted_sheet_is_made_again(weights, photos, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    (photos / "bad.png").write_text("no")
+    cosegment_folder(photos, out, weights=weights)
+    sheet = out / "contact_sheet.jpg"
+    with Image.open(sheet) as image:
+        size = image.size
+    sheet.unlink()
+    monkeypatch.setattr(predict, "load_segmenter", lambda *_: pytest.fail("the sheet needs no model"))
+    cosegment_folder(photos, out, weights=weights)
+    said = capsys.readouterr()
+    with Image.open(sheet) as image:
+        assert image.size == size and "nothing to do" not in said.err and "contact_sheet.jpg, made again" in said.out
+
+
+def test_a_class_that_is_no_word_is_said(model, weights, photos, tmp_path, capsys):
+    cosegment_folder(photos, tmp_path / "a", weights=model, cls="zorkmid")
+    (line,) = capsys.readouterr().err.splitlines()
+    near = json.loads((tmp_path / "a" / "result.json").read_text())["settings"]["looked_for"]
+    assert f"`zorkmid` is not a word of the vocabulary; looking for `{near}`, the nearest" in line
+    assert line.endswith(f"may mean nothing; its words: {weights.parent / 'words.txt'}")
+    cosegment_folder(photos, tmp_path / "b", weights=model, cls="aeroplane")
+    assert "looking for `airplane`, the vocabulary's word for `aeroplane`" in capsys.readouterr().err
+    cosegment_folder(photos, tmp_path / "c", weights=model, cls="Dog")
+    assert capsys.readouterr().err == ""
+
+
+def test_folders_that_cannot_be_read(model, tmp_path, monkeypatch):
+    (tmp_path / "in" / "inner").mkdir(parents=True)
+    real, locked = Path.iterdir, []
+
+    def iterdir(folder):  # as chmod 000, which root may read
+        if folder.name in locked:
+            raise PermissionError(13, "Permission denied", str(folder))
+        return real(folder)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    for name, says in (("inner", "no pictures in it"), ("in", "in: Permission denied; give a folder that can be read")):
+        locked[:] = [name]
+        with pytest.raises(LCCoError, match=says) as error:
+            cosegment_folder(tmp_path / "in", tmp_path / "out", weights=model)
+        assert "\n" not in str(error.value)
+
+
+def test_weights_that_cannot_be(weights, photos, tmp_path, monkeypatch):
+    for given in (tmp_path / "no" / "run", str(tmp_path / "run*")):
+        with pytest.raises(LCCoError, match="no such model file or run") as error:
+            cosegment(photos, weights=given)
+        assert "\n" not in str(error.value) and str(given) in str(error.value)
+    monkeypatch.setattr(Path, "open", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    with pytest.raises(LCCoError, match="tiny.safetensors: Permission denied; give"):
+        cosegment(photos, weights=weights)
+
+
+def test_names_that_are_no_line_of_text(model, photos, tmp_path, capsys):
+    picture(0).save(photos / "two\nlines.png")
+    (photos / "bad\none.png").write_text("no")
+    name = os.fsdecode(b"caf\xe9.jpg")
+    try:
+        (photos / "p0.jpg").rename(photos / name)
+    except OSError:  # some disks take only text
+        name = "p0.jpg"
+    report = cosegment_folder(photos, tmp_path / "out", weights=model)
+    assert report.failed == ["bad\none.png"] and "skipped bad one.png: " in capsys.readouterr().err
+    assert {i["name"] for i in report.record["images"]} >= {name, "two\nlines.png"}
+    assert (tmp_path / "out" / "contact_sheet.jpg").is_file()
+
+
+def test_what_is_left_out_is_said(model, photos, tmp_path, capsys):
+    cosegment_folder(photos, tmp_path / "none", weights=model)
+    assert "left out" not in capsys.readouterr().err
+    for name in ("a.ico", "notes.txt", "plain", "raw.cr2", "z.pdf", ".hidden"):
+        (photos / name).write_text("")
+    (photos / "inner.txt").mkdir()
+    (photos / "gone.jpg").symlink_to(photos / "nowhere.jpg")
+    cosegment_folder(photos, tmp_path / "out", weights=model)
+    assert capsys.readouterr().err.splitlines() == [
+        "left out, by their ending: a.ico, notes.txt and 3 more", "left out, as broken links: gone.jpg"
+    ]  # fmt: skip
 
 
 def test_first_pictures_are_drawn_where_photographs_are_absent(weights, tmp_path, monkeypatch):
