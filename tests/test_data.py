@@ -6,6 +6,7 @@ import io
 import os
 import shutil
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import drawn
@@ -15,7 +16,7 @@ from PIL import Image
 
 from lcco import data as d
 from lcco.common import LCCoError, digest
-from lcco.data import Draw, GroupSampler, check, load_data, overlap, picture_hash, recognise
+from lcco.data import Draw, GroupSampler, check, load_data, near_pairs, overlap, picture_hash, recognise
 
 
 # ------------------------------------------------------------------------------------------------------------ readers
@@ -534,13 +535,72 @@ def test_check_voc_and_coco(tmp_path: Path) -> None:
     assert _rows(table, "size mismatch") == ["000000000001"] and _rows(table, "missing image") == ["000000000002"]
 
 
-def test_picture_hash_survives_reencoding() -> None:
-    first, other = drawn.picture(1, size=(96, 64)), drawn.picture(2, size=(96, 64))
-    file = io.BytesIO()
-    first.resize((60, 40), Image.Resampling.BICUBIC).save(file, "JPEG", quality=50)
-    again = picture_hash(Image.open(file))
-    assert (picture_hash(first) ^ again).bit_count() <= d.NEAR
-    assert (picture_hash(first) ^ picture_hash(other)).bit_count() > 3 * d.NEAR
+def _product(seed: int, side: int, ground: str = "white") -> Image.Image:
+    """A textured object of about `side` px in the middle of a plain ground of 320 × 240 px."""
+    rng = np.random.default_rng((seed, side))
+    out = np.full((240, 320, 3), 255, np.uint8)
+    if ground == "shaded":
+        out -= np.linspace(0, 60, 240).astype(np.uint8)[:, None, None]
+    elif ground == "noisy":
+        out = rng.normal(240, 4, out.shape).clip(0, 255).astype(np.uint8)
+    h, w = (side * rng.uniform(0.8, 1.2, 2)).astype(int)
+    y, x = (240 - h) // 2 + int(rng.integers(-8, 9)), (320 - w) // 2 + int(rng.integers(-8, 9))
+    texture = Image.fromarray(rng.integers(0, 230, (4, 4, 3), np.uint8))
+    out[y : y + h, x : x + w] = np.array(texture.resize((w, h), Image.Resampling.BICUBIC))
+    return Image.fromarray(out)
+
+
+def _copies(image: Image.Image) -> list[Image.Image]:
+    def coded(picture: Image.Image) -> Image.Image:
+        file = io.BytesIO()
+        picture.save(file, "JPEG", quality=60)
+        return Image.open(file)
+
+    half, double = (
+        image.resize((round(s * image.width), round(s * image.height)), Image.Resampling.BICUBIC) for s in (0.5, 2)
+    )
+    return [coded(image), half, double, coded(half), coded(double)]
+
+
+def _pairs(a: Sequence[Image.Image], b: Sequence[Image.Image]) -> list[tuple[int, int]]:
+    return near_pairs([picture_hash(i) for i in a], [picture_hash(i) for i in b])
+
+
+@pytest.mark.parametrize("ground", ["white", "shaded", "noisy"])
+def test_pictures_on_a_plain_ground_are_told_apart(ground: str) -> None:
+    for side in (40, 60, 90, 120):
+        pictures = [_product(seed, side, ground) for seed in range(20)]
+        assert _pairs(pictures, pictures) == [(n, n) for n in range(20)]
+        for n, copies in enumerate(map(_copies, pictures[:6])):
+            assert _pairs(copies, pictures) == [(k, n) for k in range(len(copies))]
+
+
+def test_copies_of_busy_pictures_are_found() -> None:
+    pictures = [drawn.picture(seed, size=size) for seed, size in enumerate([(320, 240), (240, 320), (96, 64)] * 4)]
+    for n, copies in enumerate(map(_copies, pictures)):
+        assert _pairs(copies, pictures) == [(k, n) for k in range(len(copies))]
+    bits = [picture_hash(i) & ((1 << 128) - 1) for i in pictures]  # here the difference bits alone would tell
+    assert min((a ^ b).bit_count() for a in bits for b in bits if a != b) > 2 * d.NEAR
+
+
+def test_near_pairs_of_nothing_and_of_blank_pictures() -> None:
+    blank, product = picture_hash(Image.new("RGB", (60, 40), "white")), picture_hash(_product(1, 40))
+    assert near_pairs([], []) == near_pairs([], [blank]) == near_pairs([product], []) == []
+    assert near_pairs([blank, product], [product, blank]) == [(0, 1), (1, 0)]
+
+
+def test_check_of_plain_grounds_reports_no_duplicate(tmp_path: Path) -> None:
+    root = drawn.folders(tmp_path, ("cow",), 6)
+    for n, file in enumerate(sorted((root / "image/cow").iterdir())):
+        _product(n, 60).save(file)
+        Image.fromarray(drawn.rectangle((140, 100, 180, 140), (320, 240), 255)).save(
+            root / "groundtruth/cow" / f"{file.stem}.png"
+        )
+    table = check(root)
+    assert table.attrs["ok"] and not _rows(table, "near duplicate")
+    with Image.open(root / "image/cow/co_03.jpg") as picture:
+        picture.save(root / "image/cow/co_00.jpg", quality=60)
+    assert _rows(check(root), "near duplicate") == ["cow/co_00"]
 
 
 # ------------------------------------------------------------------------------------------------------- real pictures
@@ -562,6 +622,13 @@ def test_real_sets_share_no_picture(real: Path) -> None:
     train, test = load_data("pascal_fold_train", real), load_data("pascal_fold_test", real)
     assert overlap(train, test) == []
     assert len(overlap(pascal, load_data("pascal_fold_train", real))) > 623  # and finds those that are shared
+
+
+def test_real_copies_are_found(real: Path) -> None:
+    data = load_data("msrc14", real)
+    pictures = [data.image(i) for i in range(0, len(data), 14)]
+    for n, copies in enumerate(map(_copies, pictures)):
+        assert _pairs(copies, pictures) == [(k, n) for k in range(len(copies))]
 
 
 def test_real_paired_groups(real: Path) -> None:
