@@ -264,9 +264,16 @@ class _View(CoSegData):
         keys = [data.keys[i] for data, i in self._items]
         if len(set(keys)) < len(keys):  # two sets may use the same names
             keys = [f"{data.name}:{data.keys[i]}" for data, i in self._items]
-        if len(set(keys)) < len(keys):
-            twice = next(k for k, n in Counter(keys).items() if n > 1)
-            raise LCCoError(f"data `{name}` holds `{twice}` twice; name each set once")
+        if len(set(keys)) < len(keys):  # and be two folders of one name
+            items = Counter((key, _origin(data, i)) for key, (data, i) in zip(keys, self._items, strict=True))
+            if twice := next((key for (key, _), n in items.items() if n > 1), ""):
+                raise LCCoError(f"data `{name}` holds `{twice}` twice; name each set once")
+            keys, labels = [], set()
+            for data, own in parts:
+                numbered = (f"{data.name}#{n}" for n in range(2, 2 + len(parts)))
+                label = next(word for word in (data.name, *numbered) if word not in labels)
+                labels.add(label)
+                keys += [f"{label}:{data.keys[i]}" for i in own]
         super().__init__(name, "+".join(dict.fromkeys(data.layout for data, _ in parts)), keys)
 
     @cached_property
@@ -321,6 +328,14 @@ class _View(CoSegData):
             for (n, _), value in zip(pairs, ask(sets[key], [j for _, j in pairs]), strict=True):
                 out[n] = value
         return out
+
+
+def _origin(data: CoSegData, i: int) -> Path | str:
+    """Where item i's picture is; of a drawn one, what it is."""
+    try:
+        return data.path(i).resolve()
+    except NotImplementedError:
+        return data.content(i)
 
 
 class FolderData(CoSegData):

@@ -186,6 +186,25 @@ def test_a_set_without_the_pictures_of_another(tmp_path: Path) -> None:
     assert len(joined) == 6 and d.overlap(joined, load_data("test", tmp_path)) == []
 
 
+def test_joined_folders_of_one_name_are_numbered(tmp_path: Path) -> None:
+    for n, folder in enumerate("xyz"):
+        drawn.folders(tmp_path / folder, ("cow",), 2, name="photos", first=50 * n)
+    data = load_data("x/photos+y/photos+z/photos", tmp_path)
+    assert data.keys == tuple(f"{name}:cow/co_0{i}" for name in ("photos", "photos#2", "photos#3") for i in (0, 1))
+    assert data.groups == {"cow": (2, 3, 4, 5, 0, 1)} and len(set(data.hashes())) == 6  # by key, as ever
+    assert data.path(2) == tmp_path / "y/photos/image/cow/co_00.jpg"
+    drawn.folders(tmp_path / "w", ("dog",), 1, name="photos", first=300)  # no key in common: no number, as ever
+    assert load_data("x/photos+w/photos", tmp_path).keys == ("cow/co_00", "cow/co_01", "dog/do_00")
+    (tmp_path / "link").symlink_to(tmp_path / "x")
+    for spec in ("x/photos+y/photos+x/photos", f"x/photos+{tmp_path}/x/photos", "x/photos+link/photos"):
+        with pytest.raises(LCCoError, match="holds `photos:cow/co_00` twice; name each set once"):
+            load_data(spec, tmp_path)
+    with pytest.raises(LCCoError, match="twice"):
+        load_data("glyphworld_test:2+glyphworld_test:2")
+    with pytest.raises(LCCoError, match="twice"):
+        data.subset([0, 0], "part")
+
+
 def test_subset_keeps_order_content_and_hash(tmp_path: Path) -> None:
     data = load_data(str(drawn.folders(tmp_path)))
     part = data.subset([7, 2, 3], "part")
