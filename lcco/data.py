@@ -31,7 +31,8 @@ VOID = 255  # a mask's third value: neither object nor background (VOC's object 
 VOC_MIN_SHARE = 0.01  # a VOC image belongs to a class's group when at least 1% of its pixels show the class
 COCO_MIN_AREA = 4000  # COCO-SEG: an (image, category) pair is kept if one non-crowd instance covers more pixels
 COCO_MIN_IMAGES = 100  # COCO-SEG: categories with fewer kept images are dropped
-PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
+LOSSY = (".jpg", ".jpeg")  # their masks are binary only nearly
+PICTURES = {*LOSSY, ".png", ".bmp", ".tif", ".tiff", ".webp"}
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
     "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
@@ -393,7 +394,11 @@ class FolderData(CoSegData):
         width, height = _matching_size(self.path(i), self.truth_path(i))
         if self.pairs[i][3] not in classes:
             return np.zeros((height, width), np.uint8)
-        return (np.asarray(read_picture(self.truth_path(i), "L")) > 127).astype(np.uint8)
+        truth = self.truth_path(i)
+        grey = np.asarray(read_picture(truth, "L"))
+        if grey.max(initial=0) == 1 and truth.suffix.lower() not in LOSSY:  # class numbers: it would read as empty
+            raise LCCoError(f"{truth}: mask of the values 0 and 1; save the object as 255 (white)")
+        return (grey > 127).astype(np.uint8)
 
 
 def _matching_size(image: Path, truth: Path) -> tuple[int, int]:
@@ -1056,9 +1061,10 @@ def _look(data: CoSegData, i: int) -> _Seen:
         seen.empty = not counts[1]
     else:
         seen.empty = not counts[128:].any()
-        soft = (counts[32:224] if truth.suffix.lower() in (".jpg", ".jpeg") else counts[1:255]).sum() / mask.size
+        lossy = truth.suffix.lower() in LOSSY
+        soft = (counts[32:224] if lossy else counts[1:255]).sum() / mask.size
         if seen.empty and counts[1:128].sum() > 0.001 * mask.size:
             seen.problem = ("unreadable mask", f"{truth}: no value above 127 but {mask.max()}; save it as 0 and 255")
-        elif soft > (0.02 if truth.suffix.lower() in (".jpg", ".jpeg") else 0):
+        elif soft > (0.02 if lossy else 0):
             seen.grey = f"{soft:.1%} of pixels are neither 0 nor 255; read as object above 127"
     return seen

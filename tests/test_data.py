@@ -42,6 +42,28 @@ def test_folder_truth_is_object_above_127(tmp_path: Path) -> None:
     assert load_data(str(root)).mask(0, ["cow"]).tolist() == [[0, 0], [1, 1]]
 
 
+@pytest.mark.parametrize("suffix", [".png", ".bmp", ".tif"])
+def test_folder_truth_of_0_and_1_is_refused(tmp_path: Path, suffix: str) -> None:
+    root = drawn.folders(tmp_path, ("cow",), 4, truth=suffix)
+    truth = root / "groundtruth/cow"
+    Image.fromarray(drawn.rectangle(value=1)).save(truth / f"co_00{suffix}")
+    Image.fromarray(drawn.rectangle(value=1).astype(bool)).save(truth / f"co_01{suffix}")  # 1 bit a pixel: white
+    Image.fromarray(drawn.rectangle(None)).save(truth / f"co_02{suffix}")
+    data = load_data(str(root))
+    with pytest.raises(LCCoError, match=f"co_00{suffix}: mask of the values 0 and 1; save the object as 255") as caught:
+        data.mask(0, ["cow"])
+    assert "\n" not in str(caught.value)
+    assert not data.mask(0, ["dog"]).any()
+    assert np.array_equal(data.mask(1, ["cow"]), drawn.rectangle()) and not data.mask(2, ["cow"]).any()
+    assert _rows(check(root), "unreadable mask") == ["cow/co_00"]  # a table, as ever
+
+
+def test_folder_truth_of_a_jpeg_may_be_nearly_black(tmp_path: Path) -> None:
+    root = drawn.folders(tmp_path, ("cow",), 1, truth=".jpg")
+    Image.new("L", drawn.SIZE, 1).save(root / "groundtruth/cow/co_00.jpg")
+    assert not load_data(str(root)).mask(0, ["cow"]).any()
+
+
 def test_class_names(tmp_path: Path) -> None:
     data = load_data(str(drawn.folders(tmp_path, ("Dining_Table", "TV monitor", "Hot dog"), 1)))
     assert list(data.groups) == ["diningtable", "hot dog", "tvmonitor"]
