@@ -52,9 +52,12 @@ def true_class(masked_embeddings: Tensor, prompt_embeddings: Tensor, present: Te
     """The index of v^gt's one: the prompt nearest to the set's images with all but the object removed.
 
     masked_embeddings: [B, N, D] of the images outside whose true mask everything was zeroed; prompt_embeddings: [P, D];
-    both unit-norm; present: [B, N]. Images whose truth is empty should be marked absent. Returns [B].
+    both unit-norm; present: [B, N]. An image whose truth is empty has the embedding zero. Returns [B]; −1 = unknown:
+    no image of the group shows the object.
     """
-    return (masked_embeddings @ prompt_embeddings.T * present[..., None]).sum(dim=1).argmax(dim=-1)
+    word = (masked_embeddings @ prompt_embeddings.T * present[..., None]).sum(dim=1).argmax(dim=-1)
+    shown = (masked_embeddings != 0).any(dim=-1) & present
+    return word.where(shown.any(dim=-1), -1)
 
 
 def classification_loss(v: Tensor, true: Tensor, reduction: str = "mean") -> Tensor:

@@ -86,6 +86,18 @@ def test_true_class_is_the_largest_column_sum():
     assert losses.true_class(h, text, torch.tensor([[True, False, False]])).item() == 0
 
 
+def test_true_class_of_a_group_without_its_object_is_unknown():
+    h = torch.tensor([[[0.0, 0.0]] * 2, [[0.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [0.0, 0.0]]])
+    present = torch.tensor([[True, True], [True, True], [False, True]])  # the third's object is only in its padding
+    true = losses.true_class(h, torch.eye(2), present)
+    assert true.tolist() == [-1, 1, -1]
+    logits, truth = torch.zeros(3, 2, 4, 4), torch.zeros(3, 2, 4, 4, dtype=torch.uint8)
+    out = Output(logits, None, None, None, torch.full((3, 2), 0.5), None)
+    parts = losses.total_loss(out, truth, present, true)[1]
+    assert parts["c"] == losses.classification_loss(out.v[1:2], true[1:2])
+    assert "c" not in losses.total_loss(out, truth, present, torch.full((3,), -1))[1]
+
+
 def test_total_is_eq_9_with_its_switches():
     logits, truth, present = setting()
     v = torch.rand(2, 5).softmax(1)
