@@ -248,7 +248,7 @@ class CoSegData:
         if type(self).image is not CoSegData.image:
             return [picture_hash(self.image(i)) for i in items]
         return file_index(
-            "looks", [self.path(i) for i in items], lambda p: picture_hash(read_picture(p)), "hashing pictures"
+            LOOKS, [self.path(i) for i in items], lambda p: picture_hash(read_picture(p)), "hashing pictures"
         )
 
     def subset(self, indices: Iterable[int], name: str) -> CoSegData:
@@ -637,7 +637,7 @@ def load_data(spec: str, root: Path | None = None) -> CoSegData:
 
 def _unseen(data: CoSegData, others: Sequence[CoSegData]) -> list[int]:
     """The items of a set that are in none of the others; kept on disk, because every picture must be looked at."""
-    file = place("cache") / f"without-{digest([data.digest(), *(o.digest() for o in others)], 16)}.json"
+    file = place("cache") / f"without-{digest([LOOKS, data.digest(), *(o.digest() for o in others)], 16)}.json"
     if not file.is_file():
         seen = {i for other in others for i, _ in overlap(data, other)}
         write_text(file, json.dumps([i for i in range(len(data)) if i not in seen]))
@@ -714,6 +714,7 @@ def _open(name: str, path: Path, strict: bool = True, min_images: int = COCO_MIN
 
 
 # ------------------------------------------------------------------------------------------------ picture content
+LOOKS = "looks"  # in the name of every cache that hashes decide: change it with `picture_hash` or `near_pairs`
 NEAR = 12  # bits of 128: pictures this close are one picture, re-encoded or resized, if their thumbnails agree too
 FLAT = 2  # grey levels: a smaller difference of two cells is noise, or a plain ground
 CELLS = 24  # a side of the thumbnail
