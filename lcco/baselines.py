@@ -776,8 +776,10 @@ class Clustering(Baseline):
 
     @property
     def record(self) -> dict[str, Any]:
-        out = {"baseline": self.name, "form": FORM, "settings": asdict(self.settings)}
-        return out | {"backbone": self.inputs.backbone.identity, "size": self.inputs.size}
+        out, net = {"baseline": self.name, "form": FORM, "settings": asdict(self.settings)}, self.inputs.backbone
+        # All four stages are used, those too that a profile would train, which `net.identity` leaves out.
+        whole = f"{net.name}-4-{backbones.tensors_digest(net.stages.state_dict())}"
+        return out | {"backbone": whole, "size": self.inputs.size}
 
     @torch.no_grad()
     def features(self, data: CoSegData, items: Sequence[int]) -> tuple[Tensor, Tensor]:

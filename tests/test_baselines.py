@@ -339,6 +339,17 @@ def test_clustering_finds_what_stands_out_in_a_set(inputs):
         make_baseline("clustering", inputs, stages=[5])
 
 
+@pytest.mark.parametrize("frozen", [0, 2, 4])
+def test_clustering_is_known_by_all_four_stages(profile, frozen):
+    given = Inputs(profile.experiment.replace({"model.frozen_stages": frozen}), tower=Tower())
+    one, net = make_baseline("clustering", given), given.backbone
+    assert (one.record["backbone"] == net.identity) == (frozen != 2)  # so that scores of frozen backbones stay valid
+    before, own = one.identity, net.identity
+    with torch.no_grad():
+        next(net.stages[3].parameters()).mul_(0.5)
+    assert one.identity != before and (net.identity == own) == (frozen == 2)
+
+
 # ------------------------------------------------------------------------------------------------------------ weights
 def test_absent_weights_say_so_at_once_and_how_to_get_them(monkeypatch, tmp_path):
     monkeypatch.setenv("LCCO_OFFLINE", "1")
