@@ -608,8 +608,20 @@ def test_table_5_without_data_or_parts_is_rows_that_say_so(tmp_path, monkeypatch
     assert {r["test_set"] for r in found.rows} == {"icoseg8"}
     assert all(r["status"].startswith("not run: ") for r in found.rows)
     paper = {r["row"]: (r["paper_P"], r["paper_J"]) for r in found.rows}
-    assert paper["SAM GT"] == (97.35, 92.01) and paper["LCCo GT"] == (98.31, 92.92) and paper["SAM 3"] == (None, None)
+    assert paper["SAM GT"] == (97.35, 92.01) and paper["SAM 3"] == (None, None)
+    # the paper's LCCo GT is of a model that COCO trained: beside one that VOC trained it would show a false difference
+    assert paper["LCCo"] == (97.8, 91.7) and paper["LCCo GT"] == (None, None)
+    assert paper["LCCo GT (COCO)"] == (98.31, 92.92) and found.rows[-1]["protocol"] == "as printed"
     assert foundation_figure(load_profile("paper"), found, tmp_path) is None
+
+
+def test_the_papers_lcco_gt_stands_beside_a_model_that_coco_trained(tmp_path, monkeypatch):
+    monkeypatch.setenv("LCCO_DATA", str(tmp_path))
+    profile = load_profile("paper")
+    profile = replace(profile, experiment=profile.experiment.replace({"data.train": ["coco_seg"], "data.holdout": []}))
+    found = foundation_results(profile, only=["seem-gt"])
+    paper = {r["row"]: (r["paper_P"], r["paper_J"]) for r in found.rows}
+    assert paper == {"SEEM GT": (97.25, 88.32), "LCCo GT": (98.31, 92.92), "LCCo": (98.3, 92.9)}
 
 
 def test_an_unknown_method_is_named():
