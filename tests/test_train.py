@@ -531,3 +531,20 @@ def test_a_released_model_is_half_as_large_and_its_card_says_what_it_scored(base
     assert file_digest(out, 64) in card and run.path.name in card and f"Step {read_about(out)['step']} was kept" in card
     with pytest.raises(LCCoError, match="12"):  # never scored on what it was trained on
         runs.release(run, out, [base.data.train[0]])
+
+
+@pytest.mark.parametrize("how", ["best", "last", "nothing held out"])
+def test_a_card_says_which_step_was_kept_and_why(base, tmp_path, how):
+    held = base.data.holdout[0]
+    changes = {"best": {}, "last": {"train.checkpoint": "last"}, "nothing held out": {"data.holdout": []}}[how]
+    run = runs.get_run(base.replace({"train.steps": 2, "train.eval_every": 1, "train.lr": 0.0, **changes}))
+    other = drawn.folders(tmp_path, ["cow", "dog"], 3, name="other", first=50)
+    card = runs.release(run, tmp_path / "small.safetensors", [str(other)]).read_text()
+    said = {
+        "best": f"Step 1 was kept, the best on\n`{held}`. All settings",
+        "last": f"The last step, 2, was kept:\n`{held}` was held out, but chose none. All settings",
+        "nothing held out": "The last step, 2, was kept:\nnothing was held out to choose one. All settings",
+    }
+    assert [text in card for text in said.values()] == [name == how for name in said]
+    assert ("the step was chosen" in card) == (how == "best") and "cannot pass 50." in card
+    assert "\n\n| test set (images) |" in card  # a table needs the line above it
