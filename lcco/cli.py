@@ -71,8 +71,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--data-root", **data_root)
 
     sub = command("cosegment", _cosegment, "Find what a folder of photos has in common, and cut it out of each.")
-    sub.add_argument("folder", metavar="FOLDER")
-    sub.add_argument("--out", required=True, metavar="DIR")
+    sub.add_argument("folder", metavar="FOLDER", help="the photos; folders in it are left alone")
+    sub.add_argument("--out", required=True, metavar="DIR", help="for masks, overlays, a contact sheet and result.json")
     sub.add_argument("--words", metavar="FILE_OR_NAME",
                      help="what it may be: words of the model's vocabulary, one a line")  # fmt: skip
     sub.add_argument("--class", dest="cls", metavar="NAME", help="say what to look for instead of finding it")

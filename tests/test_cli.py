@@ -138,6 +138,9 @@ def test_a_training_that_could_not_begin_leaves_nothing_that_looks_like_a_run(
         ["--set", "train.start=nosuch"], ["--set", "tower.weights=nosuch"],
     ):  # fmt: skip
         assert ("elsewhere" if "elsewhere" in words[1] else "nosuch") in says(capsys, *profile, *words)
+    for name in ("own.a", "own.b"):  # nor do runs whose names have a dot wait for one another
+        says(capsys, *profile, "--set", "train.start=nosuch", "--set", f"name={name}")
+        assert len(list(where("runs").glob(f"{name}-*.lock"))) == 1
     assert not [p for p in where("runs").glob("*") if p.is_dir()]
 
 
