@@ -44,12 +44,31 @@ def place(kind: str) -> Path:
     return Path(env).expanduser() if env else project_root() / kind
 
 
+class NotWritable(LCCoError, OSError):
+    """The run store or the cache cannot be written to; still an OSError for who can do without (a cache)."""
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Make a folder to write in. Raises: NotWritable where that, or the block's file in it, fails in one of the two."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        for kind in ("runs", "cache"):
+            if folder.absolute().is_relative_to(place(kind).absolute()):
+                why = "it is a file" if isinstance(error, FileExistsError) else error.strerror
+                mend = f"set LCCO_{kind.upper()} to a folder that can be written to"
+                raise NotWritable(f"{folder}: cannot be written to ({why}); {mend}") from None
+        raise
+
+
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Give a path beside `path` to write to; on success it is synced and takes the name `path` in one step."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    with _writing(path.parent):
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     os.close(handle)
     part = Path(name)
     try:
@@ -96,8 +115,9 @@ def file_lock(path: Path, message: str = "") -> Iterator[None]:
 
     The lock goes with the process, so a killed run leaves nothing to clean.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as f:
+    with _writing(path.parent):
+        f = open(path, "a")  # noqa: SIM115
+    with f:
         try:
             import fcntl
         except ImportError:  # Windows: last writer wins, files stay whole because writes are atomic

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from lcco.common import LCCoError, digest
+from lcco.common import LCCoError, digest, project_root
 
 C = TypeVar("C")
 
@@ -102,6 +103,17 @@ class TrainConfig:
 # Settings younger than the first published runs: at their default they leave the hash alone, so those keep their names.
 LATER = (("loss", "v_gt"), ("train", "start"))
 
+# The least and the most that a number may be. The tower's are checked by the tower that is asked for.
+RANGES: dict[str, tuple[float, float]] = {
+    "seed": (0, 2**64 - 1), "data.groups": (1, math.inf), "data.group_size": (1, math.inf), "data.paired": (0, 1),
+    "data.absent": (0, 1), "model.frozen_stages": (0, 4), "model.width": (2, math.inf), "model.heads": (1, math.inf),
+    "model.k": (1, math.inf), "loss.lambda_cs": (0, math.inf), "loss.lambda_c": (0, math.inf),
+    "loss.bce": (0, math.inf), "train.steps": (1, math.inf), "train.lr": (0, math.inf),
+    "train.backbone_lr": (0, math.inf), "train.weight_decay": (0, math.inf), "train.warmup": (0, math.inf),
+    "train.halve_every": (1, math.inf), "train.clip": (0, math.inf), "train.ema": (0, 1),
+    "train.eval_every": (1, math.inf),
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -127,7 +139,7 @@ class Experiment:
     def replace(self, changes: dict[str, Any] | None = None, **top: Any) -> Experiment:
         """A copy with dotted settings changed: `replace({"model.k": 3}, seed=1)`.
 
-        Raises: LCCoError naming an unknown setting, or a value of the wrong type, and the mend.
+        Raises: LCCoError naming an unknown setting, or a value of the wrong type or out of range, and the mend.
         """
         tree = asdict(self)
         for key, value in {**(changes or {}), **top}.items():
@@ -137,7 +149,44 @@ class Experiment:
             if not isinstance(node, dict) or leaf not in node:
                 raise LCCoError(f"unknown setting `{key}`{nearest(key, self.settings())}")
             node[leaf] = value
-        return build(Experiment, tree)
+        changed = build(Experiment, tree)
+        changed.check(known=self)
+        return changed
+
+    def faults(self) -> typing.Iterator[tuple[str, str]]:
+        """Settings that no training can be done with: each one's name, and what it is and must be."""
+        flat = _flat(asdict(self))
+        for key, value in flat.items():
+            for word in value if isinstance(value, tuple) else (value,):
+                if isinstance(word, str) and not word.strip():  # an empty path is the working directory
+                    yield key, f"holds {word!r}; it must not be empty"
+        for key, (least, most) in RANGES.items():
+            if not (least <= flat[key] <= most and flat[key] < math.inf):
+                yield key, f"is {flat[key]}; it must be {least} {f'to {most}' if most < math.inf else 'or more'}"
+        d, m = self.data, self.model
+        if "/" in self.name or "\\" in self.name or not self.name.isprintable():
+            yield "name", f"is {self.name!r}; it names a folder in runs/, so it must be without / and \\"
+        if not d.train:
+            yield "data.train", "is empty; it must name a data set or a folder"
+        if d.size < 32 or d.size % 32:
+            yield "data.size", f"is {d.size}; it must be 32 or a multiple of it"
+        elif d.size == 32 and d.groups * d.group_size == 1:  # one place of one picture has no batch statistics
+            yield "data.size", "is 32 with one picture a step; it must be 64 or more, or `data.group_size` 2 or more"
+        if not 0 < d.crop <= 1:
+            yield "data.crop", f"is {d.crop}; it must be above 0, and at most 1"
+        elif d.crop < 1 and m.frozen_stages:
+            yield "data.crop", "needs a live backbone, whose maps are not cached: set `model.frozen_stages: 0`"
+        if m.placement == "decoder":  # of the encoder, channels and strides are the backbone's
+            if m.isfc and m.heads > 0 and m.width % m.heads:
+                yield "model.width", f"is {m.width}; it must be divisible by `model.heads`, which is {m.heads}"
+            if not set(m.strides) <= {8, 16, 32} or list(m.strides) != sorted(m.strides, reverse=True):
+                yield "model.strides", f"is {list(m.strides)}; it must be of 32, 16 and 8, and not rise"
+
+    def check(self, where: str = "", known: Experiment | None = None) -> None:
+        """Raises: LCCoError for the first fault. known: what this one was changed from; a stored one keeps its own."""
+        before = set(known.faults()) if known else ()
+        for key, said in (fault for fault in self.faults() if fault not in before):
+            raise LCCoError(f"`{where}{key}` {said}")
 
     @classmethod
     def settings(cls) -> list[str]:
@@ -151,6 +200,13 @@ def _leaves(cls: type, prefix: str = "") -> typing.Iterator[str]:
             yield from _leaves(kind, f"{prefix}{f}.")
         else:
             yield prefix + f
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return out
 
 
 def _fields(cls: type) -> dict[str, Any]:
@@ -214,11 +270,10 @@ def coerce(value: Any, kind: Any, key: str) -> Any:
         with_value = None if isinstance(value, bool) else value
         try:
             number = kind(with_value)
-        except (TypeError, ValueError):
-            pass
-        else:
             if number == float(with_value):
                 return number
+        except (TypeError, ValueError, OverflowError):  # OverflowError: an infinite whole number
+            pass
     elif kind is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
         return str(value)
     raise LCCoError(f"`{key}` is {value!r}; it must be {'true or false' if kind is bool else kind.__name__}")
@@ -235,6 +290,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         value = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise LCCoError(f"{path}: no such file") from None
+    except UnicodeDecodeError:
+        raise LCCoError(f"{path}: not a text file") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         raise LCCoError(f"{path}: not valid YAML{f' at line {mark.line + 1}' if mark else ''}") from None
@@ -260,20 +317,31 @@ class Profile:
     choice_test: tuple[str, ...] = ()  # sets with pictures of two classes, for the group-choice test of the ablations
 
 
+def profile_names() -> list[str]:
+    """The profiles that ship, by name."""
+    return sorted(p.stem for p in _profiles().glob("*.yaml"))
+
+
+def _profiles() -> Path:
+    return project_root() / "notebooks" / "profiles"
+
+
 def load_profile(profile: str | Path) -> Profile:
     """The profile of that name (`notebooks/profiles/<name>.yaml`) or file.
 
     Raises: LCCoError naming the file, or the profiles there are.
     """
-    from lcco.common import project_root
-
-    folder = project_root() / "notebooks" / "profiles"
-    path = Path(profile) if str(profile).endswith((".yaml", ".yml")) else folder / f"{profile}.yaml"
+    path = Path(profile) if str(profile).endswith((".yaml", ".yml")) else _profiles() / f"{profile}.yaml"
     if not path.is_file():
-        known = sorted(p.stem for p in folder.glob("*.yaml"))
-        raise LCCoError(f"no profile `{profile}`; there are: {', '.join(known) or f'none in {folder}'}")
+        raise LCCoError(f"no profile `{profile}`; there are: {', '.join(profile_names()) or f'none in {_profiles()}'}")
     values = {"name": path.stem, **read_yaml(path)}
     try:
-        return build(Profile, values)
+        found = build(Profile, values)
+        found.experiment.check("experiment.")
+        if found.group_size < 1:
+            raise LCCoError(f"`group_size` is {found.group_size}; it must be 1 or more")
+        if not found.seeds or min(*found.seeds, *found.ablation_seeds, 0) < 0:
+            raise LCCoError("`seeds` and `ablation_seeds` must be 0 or more, and one of `seeds` there")
+        return found
     except LCCoError as error:
         raise LCCoError(f"{path}: {error}") from None

@@ -41,6 +41,7 @@ from lcco.inputs import Inputs, save_tensors
 from lcco.losses import total_loss
 from lcco.train import (
     Predictor,
+    _begin_from,
     build_model,
     deterministic,
     load_model,
@@ -165,14 +166,19 @@ class Run:
             except LCCoError:
                 what = f"{self.path.name}: what it started from was trained on {name} as well, which is not here"
                 print(f"{what}; pictures of it cannot be told", file=sys.stderr, flush=True)
-        return load_data("+".join(there), self.data_root)
+        try:
+            return load_data("+".join(there), self.data_root)
+        except LCCoError as error:  # a relative path is looked for from where one stands
+            own = " + ".join(f"`{name}`" for name in self.experiment.data.train)
+            what = f"{self.path.name}: its training set {own} is not found from here"
+            raise LCCoError(f"{what}; run this where it was trained, or give --data-root ({error})") from None
 
     def overlap(self, test: CoSegData) -> int:
         """How many pictures of `test`, by content or look, the model was trained on.
 
         Raises: LCCoError where what it was trained on was edited, or is gone and was not compared with `test` before.
         """
-        training: CoSegData | None = None
+        training, gone = None, ""
         try:
             training = self.training_data
         except LCCoError as error:
@@ -185,7 +191,7 @@ class Run:
         file = place("cache") / f"overlap-{digest([seen, test.digest()], 16)}.json"
         if not file.is_file():  # once a pair of sets: every picture of both must be looked at
             if not training:
-                raise LCCoError(f"{self.path.name}: was it trained on pictures of {test.name}? Not to be told: {gone}")
+                raise LCCoError(f"{gone}; else it cannot be told whether it was trained on pictures of {test.name}")
             write_json(file, {"test": test.name, "pictures": len({b for _, b in overlap(training, test)})})
         return json.loads(file.read_text())["pictures"]
 
@@ -250,15 +256,14 @@ def get_run(
     with contextlib.ExitStack() as held:
         if main:  # of several processes of one training one holds the lock for all
             held.enter_context(
-                file_lock(path.with_suffix(".lock"), f"waiting for another process that trains {path.name}")
+                file_lock(path.with_name(f"{path.name}.lock"), f"waiting for another process that trains {path.name}")
             )
         if team:
             team.wait_for_everyone()
         if not record_file.is_file():
+            data, inputs = _ready(experiment, inputs, data_root)
             earlier = _begin(experiment, path) if main else []
-            inputs = inputs or shared_inputs(experiment)
             began = time.monotonic()
-            data = load_data("+".join(experiment.data.train), data_root)
             summary = train(experiment, path, inputs=inputs, tensorboard=tensorboard, data_root=data_root)
             seconds = round(time.monotonic() - began + summary.pop("seconds_before"), 1)
             more = {"training": summary, "seconds": seconds, "peak_memory_mb": _peak_memory_mb()}
@@ -271,6 +276,28 @@ def get_run(
     run = _run(path, record_file, data_root, inputs)
     _same_pictures(run)
     return run
+
+
+def _ready(
+    experiment: Experiment, inputs: Inputs | None = None, data_root: Path | None = None
+) -> tuple[CoSegData, Inputs]:  # fmt: skip
+    """The training set and frozen parts of an experiment; whatever its training would refuse is refused here.
+
+    Before anything is written: a first try that failed leaves no folder behind that looks like a run.
+    """
+    experiment.check()
+    data = load_data("+".join(experiment.data.train), data_root)
+    if experiment.data.holdout:
+        load_data("+".join(experiment.data.holdout), data_root)
+    inputs, m = inputs or shared_inputs(experiment), experiment.model
+    parts = {"the backbone's maps": inputs.backbone.channels[1]} if m.isfc and m.placement == "encoder" else {}
+    parts |= {"the tower's embeddings": inputs.tower.width} if m.clip_interaction else {}
+    for what, width in parts.items():
+        if width % m.heads:
+            raise LCCoError(f"`model.heads` is {m.heads}; it must divide the width of {what}, which is {width}")
+    if experiment.train.start and not (run_path(experiment) / "checkpoint.pt").is_file():
+        _begin_from(build_model(experiment, inputs), experiment, inputs)
+    return data, inputs
 
 
 def _begin(experiment: Experiment, path: Path) -> list[dict[str, Any]]:
@@ -326,6 +353,8 @@ def close_run(experiment: Experiment, why: str = "", *, data_root: Path | None =
     best, log = path / "best.safetensors", path / "metrics.jsonl"
     if (path / "record.json").is_file():
         raise LCCoError(f"{path}: this run is done already")
+    if not experiment.data.holdout:
+        raise LCCoError(f"{path}: only a training with `data.holdout`, which chooses its weights, can be closed")
     if not best.is_file() or not log.is_file():
         raise LCCoError(f"{path}: no training was interrupted here after its first evaluation; nothing to close")
     lines = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
@@ -426,13 +455,21 @@ def open_run(name: str | Path, data_root: Path | None = None) -> Run:
 
     Raises: LCCoError naming what there is when it is not found, or not finished.
     """
-    path = Path(name)
+    path, store = Path(name).expanduser(), place("runs")
     if not path.is_dir():
-        found = sorted(p for p in place("runs").glob(f"{name}*") if p.is_dir())
+        if path.is_file():
+            what = f"a run is due: its folder, or (the start of) its name in {store}"
+            raise LCCoError(f"{path}: is a file, but {what}; a model file is for `lcco cosegment --weights`")
+        if path.name != str(Path(name)):
+            raise LCCoError(f"{path}: no such run folder")
+        there = sorted(p for p in store.glob("*") if p.is_dir())
+        found = [p for p in there if p.name.startswith(path.name)]
+        found = [p for p in found if (p / "record.json").is_file()] or found  # what was only begun is in nobody's way
         if len(found) != 1:
-            known = ", ".join(p.name for p in found) or ", ".join(sorted(p.name for p in place("runs").glob("*-*/")))
-            what = "several runs are" if found else "no run is"
-            raise LCCoError(f"{what} called `{name}`; there are: {known or 'none'}")
+            known = ", ".join(p.name for p in found or store.glob("*-*/")) or "none"
+            if found:
+                raise LCCoError(f"several runs are called `{name}`: {known}; give more of the name")
+            raise LCCoError(f"no run is called `{name}`; there are: {known}")
         path = found[0]
     if not (path / "record.json").is_file():
         raise LCCoError(f"{path}: holds no finished run (no record.json); start its training again and it goes on")
@@ -443,7 +480,7 @@ def _run(path: Path, record_file: Path, data_root: Path | None, inputs: Inputs |
     try:
         record = json.loads(record_file.read_text())
         return Run(path, build(Experiment, record["experiment"]), record, data_root, inputs)
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         raise LCCoError(f"{record_file}: damaged; remove {path} to train again") from None
 
 
@@ -451,9 +488,9 @@ def estimate(experiment: Experiment, data_root: Path | None = None, steps: int =
     """What a training will be: images, parameters and seconds, from a few steps timed on random numbers.
 
     Nothing is embedded or written. Seconds: `embedding` (frozen parts, once a machine) and `training`.
+    Raises: LCCoError for what training would refuse.
     """
-    data = load_data("+".join(experiment.data.train), data_root)
-    inputs = shared_inputs(experiment)
+    data, inputs = _ready(experiment, None, data_root)
     with deterministic(training_threads(inputs)):
         return _timed(experiment, data, inputs, steps)
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from pathlib import Path
 
 import pytest
 
-from lcco import cli
+import lcco
+from lcco import cli, runs
+from lcco.common import LCCoError, file_lock, write_text
+from lcco.common import place as where
+from lcco.config import profile_names
 from tests import drawn
 
 MSRC7 = ("bird", "car", "cat", "cow", "dog", "plane", "sheep")
@@ -84,8 +89,6 @@ def test_dry_run_says_size_and_time_and_trains_nothing(place: Path, capsys: pyte
     assert cli.main(["train", "--profile", str(place / "drawn.yaml"), "--dry-run"]) == 0
     said = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
     assert (said["steps"], said["images"], said["images a step"]) == ("2", "12", "2")
-    from lcco.common import place as where
-
     assert not list(where("runs").glob("*/record.json"))
 
 
@@ -124,6 +127,152 @@ def test_mistakes_are_one_line_that_names_the_key_and_the_mend(place: Path, caps
 def test_missing_training_data_is_named_with_where_it_was_looked_for(place: Path, capsys: pytest.CaptureFixture):
     said = says(capsys, "train", "--profile", str(place / "drawn.yaml"), "--data-root", str(place / "elsewhere"))
     assert "data `voc_train` not found" in said and "elsewhere" in said and "--data-root" in said
+
+
+def test_a_training_that_could_not_begin_leaves_nothing_that_looks_like_a_run(
+    place: Path, capsys: pytest.CaptureFixture
+):
+    profile = ["train", "--profile", str(place / "drawn.yaml")]
+    for words in (
+        ["--data-root", str(place / "elsewhere")], ["--data-root", str(place), "--set", "data.holdout=nosuch"],
+        ["--set", "train.start=nosuch"], ["--set", "tower.weights=nosuch"],
+    ):  # fmt: skip
+        assert ("elsewhere" if "elsewhere" in words[1] else "nosuch") in says(capsys, *profile, *words)
+    for name in ("own.a", "own.b"):  # nor do runs whose names have a dot wait for one another
+        says(capsys, *profile, "--set", "train.start=nosuch", "--set", f"name={name}")
+        assert len(list(where("runs").glob(f"{name}-*.lock"))) == 1
+    assert not [p for p in where("runs").glob("*") if p.is_dir()]
+
+
+def test_a_run_is_found_beside_begun_ones_and_what_is_none_is_told(place: Path, capsys: pytest.CaptureFixture):
+    def record(name: str) -> Path:
+        (where("runs") / name).mkdir(parents=True)
+        (where("runs") / name / "record.json").write_text('{"experiment": {}}')
+        return where("runs") / name
+
+    (where("runs") / "own-aaa").mkdir(parents=True)
+    with pytest.raises(LCCoError, match="own-aaa: holds no finished run"):
+        runs.open_run("own")
+    done = record("own-bbb")
+    assert runs.open_run("own").path == done
+    record("own-bcc")
+    with pytest.raises(LCCoError, match="several runs are called `own`: own-bbb, own-bcc; give more of the name"):
+        runs.open_run("own")
+    assert runs.open_run("own-bb").path == runs.open_run("own-bbb/").path == runs.open_run(done).path == done
+    data = ["--data", "msrc7"]
+    for name in (str(place / "none"), "none/none"):
+        assert f"{name}: no such run folder" in says(capsys, "evaluate", name, *data)
+    (place / "model.safetensors").write_bytes(b"x")
+    assert "is a file, but a run is due" in says(capsys, "evaluate", str(place / "model.safetensors"), *data)
+    assert "no run is called `[x`; there are: " in says(capsys, "evaluate", "[x", *data)
+    (done / "record.json").write_text("[]")
+    assert "record.json: damaged" in says(capsys, "evaluate", "own-bb", *data)
+
+
+def test_a_dry_run_refuses_what_training_would(place: Path, capsys: pytest.CaptureFixture):
+    profile = ["--profile", str(place / "drawn.yaml")]
+    dry = ["train", "--dry-run", *profile]
+    assert "data `nosuch`" in says(capsys, *dry, "--set", "data.holdout=nosuch")
+    assert "nosuch: no such model file" in says(capsys, *dry, "--set", "train.start=nosuch")
+    assert "`data.crop` needs a live backbone" in says(capsys, *dry, "--set", "data.crop=0.5")
+    assert "`data.groups` is 0" in says(capsys, *dry, "--set", "data.groups=0")
+    odd = ["--set", "model.heads=3", "--set", "model.width=9"]
+    assert "`model.heads` is 3; it must divide the width of the tower's embeddings, which is 16" in says(
+        capsys, *dry, *odd
+    )
+    assert "backbone's maps, which is 128" in says(capsys, *dry, *odd, "--set", "model.placement=encoder")
+    assert cli.main(["train", *profile]) == 0
+    run = capsys.readouterr().out.split()[0]
+    start = ["--set", f"train.start={run}/last.safetensors", "--set", "name=next"]
+    assert cli.main([*dry, *start]) == 0
+    assert "trained with another vocabulary" in says(capsys, *dry, *start, "--set", "tower.vocabulary=coco80")
+    assert "not a model of these settings" in says(capsys, *dry, *start, "--set", "model.width=16")
+    assert not list(where("runs").glob("next*/"))
+
+
+def test_places_that_cannot_be_written_to_are_told_with_their_variable(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    (place / "file").touch()
+    for name in ("LCCO_RUNS", "LCCO_CACHE"):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, str(place / "file" / "in"))
+            said = says(capsys, "train", "--profile", str(place / "drawn.yaml"))
+            assert str(place / "file" / "in") in said and f"set {name} to a folder" in said
+    (where("runs") / "x.lock").mkdir(parents=True)
+    told = pytest.raises(OSError, match=r"runs: cannot be written to \(Is a directory\); set LCCO_RUNS")
+    with told, file_lock(where("runs") / "x.lock"):  # an OSError still, for what can do without a cache
+        pass
+    with pytest.raises(FileExistsError):  # not a place of lcco's: no variable would mend it
+        write_text(place / "file" / "out.txt", "")
+    monkeypatch.setenv("LCCO_CACHE", str(place / "file"))
+    with pytest.raises(LCCoError, match=r"file: cannot be written to \(it is a file\); set LCCO_CACHE"):
+        write_text(place / "file" / "out.txt", "")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (PermissionError(13, "Permission denied", "/x"), "lcco: /x: Permission denied\n"),
+        (OSError(28, "No space left on device"), "lcco: No space left on device\n"),
+        (OSError("two\nlines"), "lcco: two lines\n"), (OSError(), "lcco: OSError\n"),
+    ],
+)  # fmt: skip
+def test_errors_of_the_system_are_one_line(error, said, monkeypatch, capsys: pytest.CaptureFixture):
+    def fails(args):
+        raise error
+
+    monkeypatch.setattr(cli, "_train", fails)
+    assert cli.main(["train"]) == 2 and capsys.readouterr().err == said
+    error = BrokenPipeError()  # `lcco … | head`: not a mistake to be told of
+    with pytest.raises(BrokenPipeError):
+        cli.main(["train"])
+
+
+def test_a_run_on_a_relative_folder_says_where_it_can_be_scored(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    drawn.folders(place / "here", ["cow", "car"], 3, name="good", first=50)
+    monkeypatch.chdir(place / "here")
+    changes = ["--set", "data.train=good", "--set", "data.holdout=good", "--set", "tower.vocabulary=voc20"]
+    assert cli.main(["train", "--profile", str(place / "drawn.yaml"), *changes]) == 0
+    out = capsys.readouterr()
+    assert "`data.holdout` names good, as `data.train` does: the checkpoint is chosen on pictures" in out.err
+    run = Path(out.out.split()[0]).name
+    monkeypatch.chdir(place)
+    said = says(capsys, "evaluate", run, "--data", "msrc7")
+    assert f"{run}: its training set `good` is not found from here; run this where it was trained, or give" in said
+    monkeypatch.setenv("LCCO_DATA", str(place / "here"))
+    assert cli.main(["evaluate", run, "--data", str(place / "MSRC"), "--protocol", "ufo"]) == 0
+    assert "MSRC: 0 of 14 pictures" in capsys.readouterr().err
+
+
+def test_small_mistakes_are_told(place: Path, capsys: pytest.CaptureFixture):
+    close = ["train", "--profile", str(place / "drawn.yaml"), "--close"]
+    assert "only a training with `data.holdout`" in says(capsys, *close, "--set", "data.holdout=[]")
+    assert "nothing to close" in says(capsys, *close)
+    run = ["evaluate", "nothing", "--data", "msrc7", "--protocol"]
+    assert "--protocol '': names none; there are: " in says(capsys, *run, "")
+    assert re.search("no protocol `uvo`; there are: .*ufo, .*choice, choice-ufo$", says(capsys, *run, "uvo"))
+    assert "is a file, not a folder" in says(capsys, "data", "check", str(place / "drawn.yaml"))
+
+
+def test_help_says_what_every_argument_is(capsys: pytest.CaptureFixture):
+    def arguments(parser):
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for sub in action.choices.values():
+                    yield from arguments(sub)
+            else:
+                yield parser.prog, action
+
+    silent = [(prog, a.dest) for prog, a in arguments(cli._parser()) if not a.help]
+    assert not silent
+    for words, said in ((["reproduce", "--help"], profile_names()), (["--version"], [f"lcco {lcco.__version__}"])):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(words)
+        out = " ".join(capsys.readouterr().out.split())
+        assert stop.value.code == 0 and said and all(word in out for word in said)
 
 
 def test_reproduce_checks_everything_before_anything_runs(place: Path, capsys: pytest.CaptureFixture):
