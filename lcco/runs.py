@@ -35,7 +35,7 @@ from lcco.common import (
     write_text,
 )
 from lcco.config import Experiment, build
-from lcco.data import CoSegData, load_data, overlap
+from lcco.data import LOOKS, CoSegData, load_data, overlap
 from lcco.evaluate import CHOICE, Evaluation, evaluate_all, evaluate_choice, refuse_overlap
 from lcco.inputs import Inputs, save_tensors
 from lcco.losses import total_loss
@@ -188,7 +188,7 @@ class Run:
         if training and "data" in self.record:
             _same_pictures(self)
         seen = training.digest() if training else self.record["data"]["digest"]
-        file = place("cache") / f"overlap-{digest([seen, test.digest()], 16)}.json"
+        file = place("cache") / f"overlap-{digest([LOOKS, seen, test.digest()], 16)}.json"
         if not file.is_file():  # once a pair of sets: every picture of both must be looked at
             if not training:
                 raise LCCoError(f"{gone}; else it cannot be told whether it was trained on pictures of {test.name}")
