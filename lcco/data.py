@@ -395,10 +395,19 @@ class FolderData(CoSegData):
         if self.pairs[i][3] not in classes:
             return np.zeros((height, width), np.uint8)
         truth = self.truth_path(i)
-        grey = np.asarray(read_picture(truth, "L"))
-        if grey.max(initial=0) == 1 and truth.suffix.lower() not in LOSSY:  # class numbers: it would read as empty
-            raise LCCoError(f"{truth}: mask of the values 0 and 1; save the object as 255 (white)")
+        grey = _grey_mask(truth)
+        if 0 < (top := int(grey.max(initial=0))) < 128 and truth.suffix.lower() not in LOSSY:
+            what = "mask of the values 0 and 1" if top == 1 else f"mask without a value above 127, but {top}"
+            raise LCCoError(f"{truth}: {what}; save the object as 255 (white)")  # class numbers would read as empty
         return (grey > 127).astype(np.uint8)
+
+
+def _grey_mask(path: Path) -> np.ndarray:
+    """A mask file as grey values. Raises: LCCoError where it hides its object in transparency, as a cut-out does."""
+    picture = read_picture(path, None)
+    if picture.mode in ("LA", "RGBA") and picture.getchannel("A").getextrema()[0] < 255:
+        raise LCCoError(f"{path}: mask with transparency; save it as grey, object 255 and background 0")
+    return np.asarray(picture.convert("L"))
 
 
 def _matching_size(image: Path, truth: Path) -> tuple[int, int]:
@@ -456,6 +465,8 @@ class VOCData(CoSegData):
         self.masks = root / ("SegmentationClassAug" if augmented else "SegmentationClass")
         if not self.masks.is_dir():
             raise LCCoError(f"data `{name}`: no folder {self.masks}")
+        if not any(self.lists.values()):
+            raise LCCoError(f"data `{name}`: {root} lists no picture in {', '.join(f'{w}.txt' for w in lists)}")
         super().__init__(name, "voc", dict.fromkeys(stem for stems in self.lists.values() for stem in stems))
 
     def path(self, i: int) -> Path:
@@ -529,13 +540,13 @@ class COCOData(CoSegData):
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # it announces each step
                 self.coco = COCO(str(file))
+            names = {c: v["name"] for c, v in self.coco.cats.items()}
+            pairs = {
+                (a["image_id"], a["category_id"])
+                for a in self.coco.anns.values() if not a.get("iscrowd") and a["area"] > min_area
+            }
         except (ValueError, KeyError, AssertionError) as error:
             raise LCCoError(f"{file}: not a COCO instances file ({_short(error)})") from None
-        names = {c: v["name"] for c, v in self.coco.cats.items()}
-        pairs = {
-            (a["image_id"], a["category_id"])
-            for a in self.coco.anns.values() if not a.get("iscrowd") and a["area"] > min_area
-        }
         held = Counter(category for _, category in pairs)
         pairs = {(i, c) for i, c in pairs if held[c] >= min_images}
         if not pairs:
@@ -603,6 +614,8 @@ def load_data(spec: str, root: Path | None = None) -> CoSegData:
     Raises: LCCoError saying where the set was looked for.
     """
     base = Path(root) if root else place("data")
+    if not spec.strip():
+        raise LCCoError(f"no data set is named; give a folder, or one of {', '.join(NAMES)}")
     if "+" in spec and not Path(spec).exists():
         sets = [load_data(word.strip(), base) for word in spec.split("+")]
         return _View(spec, [(data, range(len(data))) for data in sets])
@@ -968,6 +981,12 @@ def check(
         if what == "missing image":
             found += [(t.stem, f"{t} has no image") for t in getattr(data, "unpaired", [])]
         report("error", what, found)
+    if isinstance(data, FolderData):
+        classes, files = _unread(data)
+        bare = [c for c, items in data.groups.items() if all(seen[i].empty for i in items)]
+        report("error", "class without a picture", classes)
+        report("error", "class without an object", [(c, "every mask of it is empty") for c in bare])
+        report("note", "file left out", files)
     report("note", "empty mask", [(data.keys[i], "no object pixel") for i, s in enumerate(seen) if s.empty])
     report("note", "non-binary mask", [(data.keys[i], s.grey) for i, s in enumerate(seen) if s.grey])
 
@@ -990,6 +1009,26 @@ def check(
     table = pd.DataFrame(rows, columns=["status", "check", "item", "found", "expected", "detail"])
     table.attrs.update(ok=bool((table["status"] != "error").all()), layout=data.layout, path=str(path))
     return table
+
+
+def _unread(data: FolderData) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """What a reader of folders passes over: classes, and files of those it reads, each with the reason."""
+    classes, files = [], []
+    if data.layout != "rubinstein":
+        images, truths = ("image", "groundtruth") if data.layout == "folders" else ("images", "ground_truth")
+        there = {d.name: d for d in _folders(data.root / images)}
+        for d in there.values():
+            if not _by_stem(d):
+                classes.append((d.name, f"{d} holds no picture ({', '.join(sorted(PICTURES))})"))
+        for d in _folders(data.root / truths):
+            if d.name not in there:
+                classes.append((d.name, f"{d} has no {data.root / images / d.name}"))
+    for folder, _ in _class_folders(data.root, data.layout):
+        used = set(_by_stem(folder).values())
+        for f in sorted(f for f in folder.iterdir() if f.is_file() and f not in used and not f.name.startswith(".")):
+            twin = f.suffix.lower() in PICTURES
+            files.append((f"{folder.name}/{f.name}", "another file has its name" if twin else "no picture's ending"))
+    return classes, files
 
 
 def _several(data: CoSegData, items: Sequence[int]) -> tuple[str, str]:
@@ -1043,9 +1082,9 @@ def _look(data: CoSegData, i: int) -> _Seen:
             if not truth.is_file():
                 seen.problem = ("missing mask", f"no {truth}")
                 return seen
-            mask = _label_map(truth) if isinstance(data, VOCData) else np.asarray(read_picture(truth, "L"))
+            mask = _label_map(truth) if isinstance(data, VOCData) else _grey_mask(truth)
     except LCCoError as error:
-        kind = {COCOData: "size mismatch", VOCData: "unreadable mask"}.get(type(data), "corrupt mask")
+        kind = "size mismatch" if isinstance(data, COCOData) else "unreadable mask"
         seen.problem = ("corrupt mask" if "corrupt" in str(error) else kind, str(error))
         return seen
     if mask.shape != picture.size[::-1]:

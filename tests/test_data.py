@@ -58,6 +58,55 @@ def test_folder_truth_of_0_and_1_is_refused(tmp_path: Path, suffix: str) -> None
     assert _rows(check(root), "unreadable mask") == ["cow/co_00"]  # a table, as ever
 
 
+def test_masks_that_would_read_as_empty_are_refused(tmp_path: Path) -> None:
+    root = drawn.folders(tmp_path, ("cow",), 4)
+    truth = root / "groundtruth/cow"
+    Image.fromarray(drawn.rectangle(value=38)).save(truth / "co_00.png")  # VOC's palette as grey
+    clear = Image.new("L", (48, 32))
+    for n, alpha in enumerate((drawn.rectangle(value=255), drawn.rectangle(None, value=255) + 255), 1):
+        size = alpha.shape[::-1]
+        cut = Image.merge("LA", (clear.resize(size), Image.fromarray(alpha.astype(np.uint8))))
+        cut.save(truth / f"co_0{n}.png")
+    data = load_data(str(root))
+    with pytest.raises(LCCoError, match="co_00.png: mask without a value above 127, but 38; save the object as 255"):
+        data.mask(0, ["cow"])
+    with pytest.raises(LCCoError, match="co_01.png: mask with transparency; save it as grey"):
+        data.mask(1, ["cow"])
+    assert not data.mask(2, ["cow"]).any()  # all opaque: its grey counts
+    assert data.mask(3, ["cow"]).any()
+    assert _rows(check(root), "unreadable mask") == ["cow/co_00", "cow/co_01"]
+
+
+def test_check_names_what_readers_pass_over(tmp_path: Path) -> None:
+    root = drawn.folders(tmp_path, ("cow", "dog", "car", "bus"), 2)
+    for f in (root / "image/dog").iterdir():
+        f.rename(f.with_suffix(".gif"))
+    shutil.rmtree(root / "image/car")
+    for f in (root / "groundtruth/bus").iterdir():
+        Image.new("L", Image.open(f).size).save(f)
+    shutil.copy(root / "image/cow/co_00.jpg", root / "image/cow/notes.txt")
+    Image.open(root / "image/cow/co_00.jpg").save(root / "image/cow/co_00.png")
+    table = check(root)
+    assert not table.attrs["ok"] and _rows(table, "class without a picture") == ["car", "dog"]
+    assert _rows(table, "class without an object") == ["bus"]
+    assert _rows(table, "file left out") == ["cow/co_00.jpg", "cow/notes.txt"]
+
+
+def test_no_set_an_empty_list_and_annotations_without_areas_are_named(tmp_path: Path) -> None:
+    for spec in ("", " "):
+        with pytest.raises(LCCoError, match="no data set is named"):
+            load_data(spec, tmp_path)
+    drawn.voc(tmp_path)
+    (tmp_path / "VOCdevkit/VOC2012/ImageSets/Segmentation/train.txt").write_text("\n")
+    with pytest.raises(LCCoError, match=r"lists no picture in train.txt"):
+        load_data("voc_train", tmp_path)
+    root = drawn.coco(tmp_path)
+    file = next(root.rglob("instances_*.json"))
+    file.write_text(file.read_text().replace('"area"', '"size"'))
+    with pytest.raises(LCCoError, match="not a COCO instances file"):
+        d.COCOData("coco", root, min_images=1)
+
+
 def test_folder_truth_of_a_jpeg_may_be_nearly_black(tmp_path: Path) -> None:
     root = drawn.folders(tmp_path, ("cow",), 1, truth=".jpg")
     Image.new("L", drawn.SIZE, 1).save(root / "groundtruth/cow/co_00.jpg")
