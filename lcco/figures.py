@@ -355,7 +355,7 @@ def lines(
         return None
     if by == "test":
         frame["test"] = [
-            label(t) + ("" if p == "choice" else f", {p}")
+            label(t) + ("" if p in label(t) else f", {p}")
             for t, p in zip(frame["test_set"], frame["protocol"], strict=True)
         ]
     figure, axes = new_figure(width, 1.0 + 0.26 * frame[y].nunique())
