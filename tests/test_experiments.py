@@ -422,7 +422,7 @@ def test_figures_hold_what_their_axes_say():
     figure.canvas.draw()
     assert figure.axes[0].get_xlabel() == "J (%)"
     assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["a rather long name", "B"]
-    assert [t.get_text() for t in figure.axes[0].get_legend().get_texts()] == ["MSRC7, ufo", "VOC val"]
+    assert [t.get_text() for t in figure.axes[0].get_legend().get_texts()] == ["MSRC7, ufo", "VOC val, choice"]
     curves = figures.sweep({"one": rows, "two": rows}, "K", "distilled prompts K")
     curves.canvas.draw()
     assert [a.get_title() for a in curves.axes] == ["MSRC7, ufo", "VOC val, choice"]
