@@ -88,7 +88,7 @@ def file_index(kind: str, paths: Sequence[Path], compute: Callable[[Path], Any],
     """`compute(path)` of every file, in threads, kept in `cache/<kind>-<digest>.json` until size or time changes."""
     if not paths:
         return []
-    store = place("cache") / f"{kind}-{digest(sorted({str(p.resolve().parent) for p in paths}))}.json"
+    store = place("cache") / f"{kind}-{digest(sorted({str(d.resolve()) for d in {p.parent for p in paths}}))}.json"
     try:
         known = json.loads(store.read_text())
         known = known if isinstance(known, dict) else {}

@@ -24,14 +24,12 @@ from lcco.tables import (
     MEASURED,
     Results,
     Variant,
-    absence,
     collect,
     label,
     main_variants,
     make_row,
     paper_table,
     per_cent,
-    refusal,
 )  # fmt: skip
 
 if TYPE_CHECKING:
@@ -156,7 +154,7 @@ def ahead(
             train_ahead(jobs)
 
 
-def choice(run: Run, test: str, group_size: int = 5, *, k: int | None = None) -> Evaluation:
+def choice(run: Run, test: str | CoSegData, group_size: int = 5, *, k: int | None = None) -> Evaluation:
     """The group-choice test (`evaluate.evaluate_choice`, protocol `choice`) of a run, computed once and kept.
 
     Raises: LCCoError if the model was trained on pictures of the test set.
@@ -168,7 +166,7 @@ def choice_results(profile: Profile, table: str = "choice") -> Results:
     """The group-choice test of LCCo and the Baseline, every seed, on each of the profile's sets that offer a choice."""
     found = collect(profile, table, main_variants(profile), choice=profile.choice_test)
     found.rows = [
-        _choice_row(profile, like, found.runs.get((like["row"], like["seed"])), test=test)
+        _choice_row(profile, like, found, found.runs.get((like["row"], like["seed"])), test=test)
         for test in profile.choice_test for like in _once(found.rows)
     ]  # fmt: skip
     return found
@@ -189,7 +187,7 @@ def ablate(
         profile, table, variants, tests=profile.ablation_test, seeds=tuple(seeds), choice=profile.choice_test
     )
     found.rows += [
-        _choice_row(profile, r, found.runs.get((r["row"], r["seed"])), test=test)
+        _choice_row(profile, r, found, found.runs.get((r["row"], r["seed"])), test=test)
         for test in profile.choice_test for r in _once(found.rows)
     ]  # fmt: skip
     return found
@@ -207,21 +205,16 @@ def _once(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def _choice_row(
-    profile: Profile, like: Mapping[str, Any], run: Run | None, k: int | None = None, *, test: str
+    profile: Profile, like: Mapping[str, Any], found: Results, run: Run | None, k: int | None = None, *, test: str
 ) -> dict[str, Any]:
-    """The row of the choice test beside a row of the standard tests."""
-    from lcco.data import load_data
-
-    row = dict(like) | dict.fromkeys((*per_cent({}), "paper_P", "paper_J"))
+    """The row of the choice test beside a row of the standard tests, `found` with it."""
+    row, data = dict(like) | dict.fromkeys((*per_cent({}), "paper_P", "paper_J")), found.tests[test]
     row |= {"test_set": test, "protocol": "choice", "group_size": profile.group_size, "run": None}
-    try:
-        if said := refusal(profile, load_data(test)):
-            return row | {"status": said}
-    except LCCoError as error:
-        return row | {"status": absence(error)}
+    if isinstance(data, str):
+        return row | {"status": data}
     if not run:
         return row
-    summary = choice(run, test, profile.group_size, k=k).summary
+    summary = choice(run, data, profile.group_size, k=k).summary
     more = {key: round(100 * summary[key], 4) for key in CHOICE_CELLS}
     return row | per_cent(summary) | more | {"status": MEASURED, "run": run.path.name}
 
@@ -229,7 +222,10 @@ def _choice_row(
 def k_at_test_time(profile: Profile, k_values: Sequence[int], table: str = "table4_k_test_time") -> Results:
     """Table 4's cheap sweep: the full model as it was trained, given another number of prompts when it is used."""
     k_variants(k_values)
-    found = collect(profile, table, [Variant("LCCo")], tests=profile.ablation_test, seeds=profile.ablation_seeds)
+    found = collect(
+        profile, table, [Variant("LCCo")], tests=profile.ablation_test, seeds=profile.ablation_seeds,
+        choice=profile.choice_test,
+    )  # fmt: skip
     plain, found.rows = found.rows, []
     for k in k_values:
         given = None if k == profile.experiment.model.k else k  # as trained: shares its score with the other tables
@@ -237,12 +233,13 @@ def k_at_test_time(profile: Profile, k_values: Sequence[int], table: str = "tabl
             row = dict(like) | {"row": f"K = {k}", "K": k}
             if like["run"]:
                 run = found.runs["LCCo", like["seed"]]
-                done = run.evaluate(like["test_set"], profile.protocols, like["group_size"], k=given)
+                done = run.evaluate(found.tests[like["test_set"]], profile.protocols, like["group_size"], k=given)
                 row |= per_cent(done[like["protocol"]].summary)
             found.rows.append(row)
         for test in profile.choice_test:
             for like in _once(r for r in found.rows if r["K"] == k and r["protocol"] != "choice"):
-                found.rows.append(_choice_row(profile, like, found.runs.get(("LCCo", like["seed"])), given, test=test))
+                run = found.runs.get(("LCCo", like["seed"]))
+                found.rows.append(_choice_row(profile, like, found, run, given, test=test))
     return found
 
 

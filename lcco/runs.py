@@ -12,10 +12,10 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -152,11 +152,32 @@ class Run:
         return Predictor(predictor.model, self._inputs, gt=gt, k=k, flip=flip, experiment=self.experiment)
 
     @cached_property
+    def own_data(self) -> CoSegData | None:
+        """What its settings train on, as it stands now; None where it is gone (the run still tells its scores).
+
+        Raises: LCCoError where it was edited since: the run would be taken for one on what the folder holds now.
+        """
+        try:
+            data = load_data("+".join(self.experiment.data.train), self.data_root)
+        except LCCoError:
+            return None
+        known = self.record.get("data", {})
+        mend = "remove it to train again, or give the new run another name (`--set name=…`)"
+        if known.get("digest", data.digest()) != data.digest():
+            held = f"({known['images']}) than {data.name} holds now ({len(data)})"
+            raise LCCoError(f"{self.path}: was trained on other pictures {held}; {mend}")
+        if "masks" in known and known["masks"] != data.truth_digest():
+            raise LCCoError(f"{self.path}: masks of {data.name} were edited since it was trained; {mend}")
+        return data
+
+    @cached_property
     def training_data(self) -> CoSegData:
         """Every picture that the model, or what it started from, was trained on.
 
         Of a start's own sets those that are not on this machine are named, and left out.
         """
+        if set(self.record.get("trained_on", ())) <= set(self.experiment.data.train) and self.own_data:
+            return self.own_data
         there = list(self.experiment.data.train)
         for name in self.record.get("trained_on", ()):
             try:
@@ -178,15 +199,13 @@ class Run:
 
         Raises: LCCoError where what it was trained on was edited, or is gone and was not compared with `test` before.
         """
-        training, gone = None, ""
+        training, gone = self.own_data, ""
         try:
             training = self.training_data
         except LCCoError as error:
             if "data" not in self.record:
                 raise
             gone = str(error)
-        if training and "data" in self.record:
-            _same_pictures(self)
         seen = training.digest() if training else self.record["data"]["digest"]
         file = place("cache") / f"overlap-{digest([LOOKS, seen, test.digest()], 16)}.json"
         if not file.is_file():  # once a pair of sets: every picture of both must be looked at
@@ -199,9 +218,9 @@ class Run:
         key = digest([data.identity(), protocol, group_size, *settings, self.sha], 10)
         return self.path / "evaluations" / f"{data.name}-{protocol}-{group_size}-{key}.json".replace("/", "_")
 
-    def scored(self, test: str, protocols: Sequence[str], group_size: int = 5) -> bool:
+    def scored(self, test: str | CoSegData, protocols: Sequence[str], group_size: int = 5) -> bool:
         """Whether `evaluate` has this in store (at its default settings)."""
-        data = load_data(test, self.data_root)
+        data = load_data(test, self.data_root) if isinstance(test, str) else test
         return all(self._score_file(data, p, group_size, 0, False, None, False).is_file() for p in protocols)
 
     def evaluate(
@@ -274,7 +293,7 @@ def get_run(
         if team:
             team.wait_for_everyone()
     run = _run(path, record_file, data_root, inputs)
-    _same_pictures(run)
+    _ = run.own_data  # it must be what the run was trained on
     return run
 
 
@@ -313,21 +332,6 @@ def _begin(experiment: Experiment, path: Path) -> list[dict[str, Any]]:
         begun = [e for e in (*known.get("begun_on", []), known.get("environment")) if e and e != here]
     write_json(config, {"hash": experiment.hash, "environment": here, "begun_on": begun, **asdict(experiment)})
     return begun
-
-
-def _same_pictures(run: Run) -> None:
-    """A folder that was edited has the same name: its run would be taken for one on what the folder holds now."""
-    try:
-        data = load_data("+".join(run.experiment.data.train), run.data_root)
-    except LCCoError:  # the data are gone; the run still tells its scores
-        return
-    known = run.record["data"]
-    mend = "remove it to train again, or give the new run another name (`--set name=…`)"
-    if known["digest"] != data.digest():
-        held = f"({known['images']}) than {data.name} holds now ({len(data)})"
-        raise LCCoError(f"{run.path}: was trained on other pictures {held}; {mend}")
-    if "masks" in known and known["masks"] != data.truth_digest():
-        raise LCCoError(f"{run.path}: masks of {data.name} were edited since it was trained; {mend}")
 
 
 def _write_record(run: Run, made: dict[str, Any], inputs: Inputs, data: CoSegData, more: dict[str, Any]) -> None:
@@ -398,9 +402,8 @@ def train_ahead(
     for e, scores in jobs:
         known = wanted.setdefault(e.hash, (e, []))[1]
         known += [score for score in scores if score not in known]
-    waiting = [
-        job for job in wanted.values() if job[0].model.frozen_stages == 4 and not _finished(*job, data_root)
-    ]  # fmt: skip
+    tests = lru_cache(lambda name: load_data(name, data_root))  # each is asked for by many runs
+    waiting = [job for job in wanted.values() if job[0].model.frozen_stages == 4 and not _finished(*job, tests)]
     workers = side_by_side([e for e, _ in waiting])
     if workers < 2:
         return
@@ -435,9 +438,12 @@ def side_by_side(experiments: Sequence[Experiment]) -> int:
     return 1 if torch.cuda.is_available() else max(1, min(frozen, os.cpu_count() or 1))
 
 
-def _finished(experiment: Experiment, scores: Sequence[Score], data_root: Path | None) -> bool:
+def _finished(experiment: Experiment, scores: Sequence[Score], tests: Callable[[str], CoSegData]) -> bool:
     record = run_path(experiment) / "record.json"
-    return record.is_file() and all(_run(record.parent, record, data_root).scored(*score) for score in scores)
+    if not record.is_file():
+        return False
+    run = _run(record.parent, record, None)
+    return all(run.scored(tests(test), *how) for test, *how in scores)
 
 
 def _train_alone(experiment: Experiment, scores: Sequence[Score], data_root: Path | None) -> None:

@@ -87,10 +87,11 @@ class Variant:
 
 @dataclass
 class Results:
-    """What `collect` found: rows, and the trained runs behind them by (row, seed)."""
+    """What `collect` found: rows, the trained runs behind them by (row, seed), each test set by name or why not."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     runs: dict[tuple[str, int], Run] = field(default_factory=dict)
+    tests: dict[str, CoSegData | str] = field(default_factory=dict)
 
 
 def make_row(table: str, name: str, profile: Profile, experiment: Experiment | None = None, **cells: Any) -> dict:
@@ -159,13 +160,13 @@ def collect(
 
     out = Results()
     protocols, sizes = protocols or profile.protocols, group_sizes or (profile.group_size,)
-    why: dict[str, str] = {}
-    for test in (*(tests or profile.tests), *choice):
+    for test in dict.fromkeys((*(tests or profile.tests), *choice)):
         try:
-            if said := refusal(profile, load_data(test)):
-                why[test] = said
+            data = load_data(test)
+            out.tests[test] = refusal(profile, data) or data
         except LCCoError as error:
-            why[test] = absence(error)
+            out.tests[test] = absence(error)
+    why = {test: said for test, said in out.tests.items() if isinstance(said, str)}
     scores = [(t, tuple(protocols), n) for t in tests or profile.tests if t not in why for n in sizes]
     scores += [(t, ("choice",), profile.group_size) for t in choice if t not in why]
     missing = ""  # training data or weights: the same for every run of a profile
@@ -188,7 +189,7 @@ def collect(
                 paper = variant.paper.get(test, variant.paper.get("", (None, None)))
                 cells = {"test_set": test, "paper_P": paper[0], "paper_J": paper[1], **variant.rest}
                 for size in sizes:
-                    found = run.evaluate(test, protocols, size) if run and test not in why else None
+                    found = run.evaluate(out.tests[test], protocols, size) if run and test not in why else None
                     for protocol in protocols:
                         row = make_row(table, variant.row, profile, experiment, **cells)
                         row |= {"protocol": protocol, "group_size": size}
@@ -495,7 +496,6 @@ class Table:
             write_text(folder / f"{self.name}.{suffix}", text)
         write_json(folder / f"{self.name}.records.json", {"layout": dataclasses.asdict(self.layout), "runs": self.runs})
         return self
-
 
     def _may_replace(self, csv: Path) -> bool:
         if not csv.is_file():

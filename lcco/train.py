@@ -245,10 +245,8 @@ def train(
 
     Writes `last.safetensors`, `best.safetensors` (highest J on `data.holdout`), `metrics.jsonl` and, until it is
     done, `checkpoint.pt`. stop_at: leave after that many steps, as an interruption would. Returns a summary.
-    Raises: LCCoError for settings that contradict each other or a damaged checkpoint.
+    Raises: LCCoError for a damaged checkpoint, one of other settings, or one of data that were edited since.
     """
-    if experiment.data.crop < 1 and experiment.model.frozen_stages:
-        raise LCCoError("`data.crop` needs a live backbone, whose maps are not cached: set `model.frozen_stages: 0`")
     inputs = inputs or Inputs(experiment, device="cuda" if torch.cuda.is_available() else "cpu")
     data, holdout = prepare(experiment, inputs, data_root)
     with deterministic(training_threads(inputs)):
