@@ -425,12 +425,15 @@ def _by_stem(folder: Path) -> dict[str, Path]:
     return {f.stem: f for f in files}
 
 
+_SIDES = {"folders": ("image", "groundtruth"), "icoseg": ("images", "ground_truth")}  # pictures, truths
+
+
 def _class_folders(root: Path, layout: str) -> list[tuple[Path, Path]]:
     """(image folder, truth folder) of every class that has pictures."""
     if layout == "rubinstein":
         pairs = [(d, d / "GroundTruth") for d in _folders(root) if (d / "GroundTruth").is_dir()]
     else:
-        images, truths = ("image", "groundtruth") if layout == "folders" else ("images", "ground_truth")
+        images, truths = _SIDES[layout]
         pairs = [(d, root / truths / d.name) for d in _folders(root / images)]
     return [(d, t) for d, t in pairs if _by_stem(d)]
 
@@ -1014,8 +1017,8 @@ def check(
 def _unread(data: FolderData) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """What a reader of folders passes over: classes, and files of those it reads, each with the reason."""
     classes, files = [], []
-    if data.layout != "rubinstein":
-        images, truths = ("image", "groundtruth") if data.layout == "folders" else ("images", "ground_truth")
+    if data.layout in _SIDES:
+        images, truths = _SIDES[data.layout]
         there = {d.name: d for d in _folders(data.root / images)}
         for d in there.values():
             if not _by_stem(d):

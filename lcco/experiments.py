@@ -375,7 +375,7 @@ def class_results(profile: Profile, table: str = "per_class", *, choice: bool = 
         J: dict[str, dict[str, list[float]]] = {}
         for model in ("Baseline", "LCCo"):
             if run := found.runs.get((model, like["seed"])):
-                for r in run.evaluate(like["test_set"], protocol, profile.group_size)[protocol].rows:
+                for r in run.evaluate(found.tests[like["test_set"]], protocol, profile.group_size)[protocol].rows:
                     J.setdefault(r["class"], {}).setdefault(model, []).append(r["J"])
         of_kind: dict[str, list[dict[str, float | None]]] = {}
         for cls, own in J.items():
