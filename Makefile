@@ -23,7 +23,9 @@ $(STAMP): pyproject.toml
 		|| { echo "lcco needs Python 3.10 or newer: make venv PYTHON=python3.11"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv \
 		|| { echo "python3 has no venv: install python3-venv (Debian, Ubuntu)"; rm -rf .venv; exit 1; }
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -e ".[test]"
+	@$(BIN)/python -m pip install --quiet $(PIP_ARGS) -e ".[test]" \
+		|| { echo "installation failed: pip says why above. It needs 7 GB on disk with torch for CUDA, 2 GB with PIP_ARGS of" \
+		"the README; free here: $$(df -Ph . | awk 'NR == 2 {print $$4}'). Then the same command again goes on."; exit 1; }
 	@touch $@
 	@echo "== installed: $(BIN)/lcco --help"
 
