@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lcco import __version__
-from lcco.common import LCCoError, duration
+from lcco.common import LCCoError, duration, one_line
 from lcco.config import Experiment, profile_names
 
 
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise
     except OSError as error:
         said = [error.filename, error.strerror] if error.strerror else [str(error) or type(error).__name__]
-        print(f"lcco: {': '.join(' '.join(str(word).split()) for word in said if word)}", file=sys.stderr)
+        print(f"lcco: {': '.join(one_line(word) for word in said if word)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("lcco: interrupted; give the same command again and it goes on where it stopped", file=sys.stderr)

@@ -9,7 +9,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -132,6 +132,17 @@ def file_lock(path: Path, message: str = "") -> Iterator[None]:
             yield
         finally:
             fcntl.flock(f, fcntl.LOCK_UN)
+
+
+def one_line(text: object) -> str:
+    """A text on one line, single spaces between its words: disks take newlines in names."""
+    return " ".join(str(text).split())
+
+
+def few(names: Sequence[str], n: int = 5) -> str:
+    """`a, b and 3 more`: the first `n` names, each on one line."""
+    more = f" and {len(names) - n} more" if len(names) > n else ""
+    return ", ".join(map(one_line, names[:n])) + more
 
 
 def duration(seconds: float) -> str:

@@ -10,6 +10,7 @@ import difflib
 import math
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -155,14 +156,14 @@ class Experiment:
 
     def faults(self) -> typing.Iterator[tuple[str, str]]:
         """Settings that no training can be done with: each one's name, and what it is and must be."""
-        flat = _flat(asdict(self))
-        for key, value in flat.items():
-            for word in value if isinstance(value, tuple) else (value,):
+        values = flat(asdict(self))
+        for key, value in values.items():
+            for word in value if isinstance(value, list) else (value,):
                 if isinstance(word, str) and not word.strip():  # an empty path is the working directory
                     yield key, f"holds {word!r}; it must not be empty"
         for key, (least, most) in RANGES.items():
-            if not (least <= flat[key] <= most and flat[key] < math.inf):
-                yield key, f"is {flat[key]}; it must be {least} {f'to {most}' if most < math.inf else 'or more'}"
+            if not (least <= values[key] <= most and values[key] < math.inf):
+                yield key, f"is {values[key]}; it must be {least} {f'to {most}' if most < math.inf else 'or more'}"
         d, m = self.data, self.model
         if "/" in self.name or "\\" in self.name or not self.name.isprintable():
             yield "name", f"is {self.name!r}; it names a folder in runs/, so it must be without / and \\"
@@ -191,21 +192,17 @@ class Experiment:
     @classmethod
     def settings(cls) -> list[str]:
         """Every setting's dotted name."""
-        return list(_leaves(cls))
+        return list(flat(asdict(cls())))
 
 
-def _leaves(cls: type, prefix: str = "") -> typing.Iterator[str]:
-    for f, kind in _fields(cls).items():
-        if dataclasses.is_dataclass(kind):
-            yield from _leaves(kind, f"{prefix}{f}.")
-        else:
-            yield prefix + f
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"model": {"k": 5}}` → `{"model.k": 5}`: settings by their dotted names, tuples as the lists that JSON has."""
     out: dict[str, Any] = {}
     for key, value in tree.items():
-        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        if isinstance(value, dict) and value:
+            out |= flat(value, f"{prefix}{key}.")
+        else:
+            out[prefix + key] = list(value) if isinstance(value, tuple) else value
     return out
 
 

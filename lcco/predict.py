@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from lcco import __version__
-from lcco.common import LCCoError, atomic_path, digest, duration, file_digest, progress, write_json
+from lcco.common import LCCoError, atomic_path, digest, duration, few, file_digest, one_line, progress, write_json
 from lcco.data import PICTURES, CoSegData
 from lcco.metrics import resize_map
 
@@ -105,7 +105,7 @@ class Report:
     def say_failed(self) -> None:
         """Name the files that could not be read, on stderr."""
         if names := self.failed:
-            _say(f"{len(names)} of {len(self.record['images'])} pictures could not be read: {_few(names, 10)}")
+            _say(f"{len(names)} of {len(self.record['images'])} pictures could not be read: {few(names, 10)}")
 
     @property
     def words(self) -> list[tuple[str, float]]:
@@ -162,7 +162,7 @@ def cosegment_folder(
     made_by = sha if isinstance(model, Path) else time.time_ns()  # a model in memory has no lasting name
     key = digest([settings, made_by, __version__, stamps], 16)
     for why, names in others.items():
-        _say(f"left out, {why}: {_few(names, 2)}")
+        _say(f"left out, {why}: {few(names, 2)}")
     before = old if old.get("key") == key else {}
     done, sheet = _done(folder, out, before, list(_sets(files, at_once))), out / "contact_sheet.jpg"
     if before.get("complete") and len(done) == len(files):
@@ -217,14 +217,14 @@ def cosegment_folder(
                     if pair and len(thumbs) < ON_SHEET:
                         thumbs[image["name"]] = pair
                     if image["error"]:
-                        _say(f"skipped {_flat(image['name'])}: {image['error']}")
+                        _say(f"skipped {one_line(image['name'])}: {image['error']}")
         finally:  # an interruption loses nothing that was made
             order = {f.name: n for n, f in enumerate(files)}
             record["images"].sort(key=lambda i: order[i["name"]])
             record["seconds"] = round(before.get("seconds", 0) + time.monotonic() - began, 3)
             _save(out, record, known)
             if kept:
-                _say(f"{out / 'masks'}: changed since lcco made them, so kept beside the new ones: {_few(kept)}")
+                _say(f"{out / 'masks'}: changed since lcco made them, so kept beside the new ones: {few(kept)}")
         good = [i for i in record["images"] if not i["error"]]
         if good:
             _save_sheet(folder, out, record, thumbs)
@@ -374,7 +374,7 @@ def _word_list(words: Any) -> list[str] | None:
         from lcco.semantics import vocabulary
 
         return vocabulary(words)
-    if not (listed := [" ".join(str(word).split()) for word in words]) or not all(listed):
+    if not (listed := [one_line(word) for word in words]) or not all(listed):
         raise LCCoError("words: an empty list or an empty word; give words of the model's vocabulary")
     return listed
 
@@ -408,8 +408,8 @@ def _word_for(cls: str, word: str, predictor: Predictor) -> str:
     name = predictor.experiment.tower.vocabulary
     file = Path(__file__).parent / "vocab" / f"{name}.txt" if name in VOCABULARIES else Path(name).expanduser()
     listed = file if file.is_file() else f"lcco.semantics.vocabulary({name!r})" if name in VOCABULARIES else None
-    near = f"`{_flat(cls)}` is not a word of the vocabulary; looking for `{word}`, the nearest, which may mean nothing"
-    return near + (f"; its words: {listed}" if listed else "")
+    near = f"looking for `{word}`, the nearest, which may mean nothing"
+    return f"`{one_line(cls)}` is not a word of the vocabulary; {near}" + (f"; its words: {listed}" if listed else "")
 
 
 # ------------------------------------------------------------------------------------------------------------ one set
@@ -621,7 +621,7 @@ def _sheet(folder: Path, out: Path, record: dict[str, Any], thumbs: dict[str, _T
                 sheet.paste(small, (x + (box - small.width) // 2, y + k * (height + 4) + (height - small.height) // 2))
             share = f"  {image['foreground']:.0%}" if image["foreground"] else "  nothing"
             room = box - text.textlength(share, small_font)
-            label = _cut(text, _flat(image["name"]), small_font, room) + share
+            label = _cut(text, one_line(image["name"]), small_font, room) + share
             text.text((x + box / 2, y + 2 * height + 8), label, (40, 40, 40), small_font, anchor="ma")
         y += 2 * height + line + 2 * gap
     return sheet
@@ -686,16 +686,6 @@ def _stems(files: Sequence[Path]) -> dict[str, str]:
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def _flat(name: str) -> str:
-    """A name on one line: disks take newlines in names."""
-    return " ".join(name.split())
-
-
-def _few(names: Sequence[str], n: int = 5) -> str:
-    more = f" and {len(names) - n} more" if len(names) > n else ""
-    return ", ".join(map(_flat, names[:n])) + more
 
 
 def _try(work: Callable[..., R], *values: Any) -> R | str:
@@ -809,9 +799,9 @@ def _remove_old(out: Path, record: dict[str, Any], known: dict[str, str | None])
     for file in (gone := [f for f in old if f not in changed]):
         file.unlink()
     if gone:
-        _say(f"{out}: removed, as made before from what is not among these pictures: {_few([names[f] for f in gone])}")
+        _say(f"{out}: removed, as made before from what is not among these pictures: {few([names[f] for f in gone])}")
     if changed:
-        _say(f"{out}: changed since lcco made them, so left: {_few([names[f] for f in changed])}")
+        _say(f"{out}: changed since lcco made them, so left: {few([names[f] for f in changed])}")
 
 
 def _versions() -> dict[str, str]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lcco.common import LCCoError, duration, place, project_root, write_json, write_text
-from lcco.config import Profile, coerce, load_profile, nearest
+from lcco.config import Profile, coerce, flat, load_profile, nearest
 
 TYPES = {
     "str": str, "int": int, "float": float, "bool": bool, "dict": dict[str, Any],
@@ -229,16 +229,16 @@ def write_report(profile: Profile, folder: Path) -> Path:
     devices = Counter(r.get("environment", {}).get("device", "") for r in runs.values())
     trained += " on " + ", ".join(f"{device} ({n} runs)" for device, n in devices.most_common()) if devices else ""
     times = [(name, duration(seconds)) for name, seconds in log.get("seconds", {}).items()]
-    settings = _flat(dataclasses.asdict(profile))
-    base = _flat(dataclasses.asdict(profile.experiment))
+    settings = flat(dataclasses.asdict(profile))
+    base = flat(dataclasses.asdict(profile.experiment))
     records = [
         {
             "name": name, "changed": ", ".join(
-                f"{k} = {v}" for k, v in _flat(r.get("experiment", {})).items()
+                f"{k} = {v}" for k, v in flat(r.get("experiment", {})).items()
                 if k in base and json.dumps(v) != json.dumps(base[k])
             ) or "–",
             "time": duration(r.get("seconds", 0)), "weights": str(r.get("weights_sha256", ""))[:12],
-            "commit": r.get("environment", {}).get("git", ""), "device": r.get("environment", {}).get("device", ""),
+            "commit": _commit(r.get("environment", {})), "device": r.get("environment", {}).get("device", ""),
             "json": json.dumps(r, indent=1, sort_keys=True),
         }
         for name, r in sorted(runs.items())
@@ -343,14 +343,10 @@ def write_index(results: Path) -> Path:
     return path
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            out |= _flat(value, f"{prefix}{key}.")
-        else:
-            out[prefix + key] = list(value) if isinstance(value, tuple) else value
-    return out
+def _commit(environment: Mapping[str, Any]) -> str:
+    """The commit that a run was made with; outside a checkout there is none."""
+    edited = ", edited" if environment.get("git_dirty") else ""
+    return f"{environment.get('git') or 'unknown'}{edited}"
 
 
 SENTENCE = {

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lcco import backbones
-from lcco.common import LCCoError, digest, file_digest, place, progress
+from lcco.common import LCCoError, digest, file_digest, one_line, place, progress
 from lcco.config import TowerConfig
 
 if TYPE_CHECKING:
@@ -303,7 +303,7 @@ def vocabulary(name: str | Path) -> list[str]:
     first: dict[str, int] = {}
     words = []
     for number, line in enumerate(lines, 1):
-        word = " ".join(line.split())
+        word = one_line(line)
         if not word:
             raise LCCoError(f"{path}: line {number} is blank; one class a line")
         if word.casefold() in first:

@@ -18,7 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lcco.common import LCCoError, duration, write_json, write_text
+from lcco.common import LCCoError, duration, few, write_json, write_text
 from lcco.config import Experiment, Profile
 
 if TYPE_CHECKING:
@@ -517,8 +517,7 @@ class Table:
             print(f"{csv}: {said}", file=sys.stderr)
             return False
         if gone := sorted({row for row, *_ in lost - mine}):
-            rows = ", ".join(gone[:4]) + (f" and {len(gone) - 4} more" if len(gone) > 4 else "")
-            said = f"no longer holds what was measured of {rows}; `results: FOLDER` writes elsewhere"
+            said = f"no longer holds what was measured of {few(gone, 4)}; `results: FOLDER` writes elsewhere"
             print(f"{csv}: {said}", file=sys.stderr)
         return True
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from lcco import runs
+from lcco import reproduce, runs
 from lcco.backbones import model_file, read_tensors
 from lcco.common import LCCoError, file_digest
 from lcco.config import Experiment
@@ -183,6 +183,36 @@ def test_the_run_store_trains_once_and_resumes(base, tmp_path):
     (path / "record.json").write_text("{")
     with pytest.raises(LCCoError, match="damaged; remove"):
         runs.get_run(base)
+
+
+def test_a_training_on_several_machines_names_them_and_adds_up_its_seconds(base, monkeypatch):
+    real, here = runs.train, runs.environment()
+    checkpoint = runs.run_path(base) / "checkpoint.pt"
+    for device, stop in (("gpu a", 3), ("gpu b", 5)):
+        monkeypatch.setattr(runs, "environment", lambda device=device: here | {"device": device})
+
+        def stopped(*args, stop=stop, **how):
+            real(*args, stop_at=stop, **how)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(runs, "train", stopped)
+            runs.get_run(base)
+        saved = torch.load(checkpoint, weights_only=False)
+        saved["state"]["seconds"] += 1000  # as if it had been long
+        torch.save(saved, checkpoint)
+    record = runs.get_run(base).record
+    assert [e["device"] for e in record["begun_on"]] == ["gpu a"] and record["environment"]["device"] == "gpu b"
+    assert 2000 < record["training"]["seconds"] < 2100 and 2000 < record["seconds"] < 2100
+
+
+def test_a_copy_without_git_is_not_called_clean(monkeypatch, tmp_path):
+    monkeypatch.setattr(runs, "project_root", lambda: tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    made = runs.environment()
+    assert made["git"] is None and made["git_dirty"] is None
+    said = [reproduce._commit(e) for e in (made, {}, {"git": "abc", "git_dirty": True}, {"git": "abc"})]
+    assert said == ["unknown", "unknown", "abc, edited", "abc"]
 
 
 def _ask(experiment: Experiment) -> None:
