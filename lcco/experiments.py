@@ -13,6 +13,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -603,7 +604,7 @@ def feature_rows(profile: Profile) -> Results:
 
 
 # ---------------------------------------------------------------------------------------------------------------- cost
-COST_ONLY = "not run: its cost alone was measured, with random weights"
+RANDOM = {"model.weights": None, "tower.weights": None}  # weights change no cost
 
 
 def count_flops(work: Callable[[], Any]) -> int:
@@ -680,7 +681,7 @@ def part_costs(experiment: Experiment, images: int = 5, repeats: int = 5) -> dic
 
     if repeats < 1 or images < 1:
         raise LCCoError(f"`repeats` is {repeats} and a set has {images} images; both must be 1 or more")
-    experiment = experiment.replace({"model.weights": None, "tower.weights": None})
+    experiment = experiment.replace(RANDOM)
     size = experiment.data.size
     device = "cuda" if torch.cuda.is_available() else "cpu"
     inputs = Inputs(experiment, device=device)
@@ -728,26 +729,31 @@ def part_costs(experiment: Experiment, images: int = 5, repeats: int = 5) -> dic
     return out
 
 
-def cost_rows(profile: Profile, profiles: Sequence[str] | None = None, repeats: int = 3) -> list[dict[str, Any]]:
+def cost_results(profile: Profile, profiles: Sequence[str] | None = None, repeats: int = 3) -> Results:
     """Parameters, FLOPs and seconds a set, part by part, of the networks of several profiles, on this machine.
 
     profiles: None: embedded, lite and paper (at `smoke`: itself alone, because that is to take seconds).
     """
+    from lcco.runs import Run, environment
+
     if profiles is None:
         profiles = [profile.name] if profile.name == "smoke" else ["embedded", "lite", "paper"]
-    rows = []
+    out = Results()
     for name in dict.fromkeys(profiles):
         other = profile if name == profile.name else load_profile(name)
-        for part, cells in part_costs(other.experiment, other.group_size, repeats).items():
-            row = make_row("cost", part, profile, other.experiment, status=COST_ONLY, seed=None)
+        e = other.experiment.replace(RANDOM)
+        record = {"experiment": dataclasses.asdict(e), "hash": e.hash, "environment": environment(), "repeats": repeats}
+        run = out.runs[f"of {name}", e.seed] = Run(Path(f"cost-{other.name}-{e.hash}"), e, record)
+        for part, cells in part_costs(e, other.group_size, repeats).items():
+            row = make_row("cost", part, profile, e, run=run.path.name)
             row |= {"network": f"of {name}", "images": other.group_size, "group_size": other.group_size}
-            row |= {"test_set": f"a set of {other.group_size} at {other.experiment.data.size} px"}
-            rows.append(row | {k: round(v, 5) for k, v in cells.items()})
-    return rows
+            row |= {"test_set": f"a set of {other.group_size} at {e.data.size} px"}
+            out.rows.append(row | {k: round(v, 5) for k, v in cells.items()})
+    return out
 
 
 def cost_notes(repeats: int) -> tuple[str, ...]:
-    """How the numbers of `cost_rows` were found, and on what machine."""
+    """How the numbers of `cost_results` were found, and on what machine."""
     from lcco.runs import environment
 
     e = environment()

@@ -225,8 +225,9 @@ def write_report(profile: Profile, folder: Path) -> Path:
     machine = log.get("machine", {})
     where = f"{machine.get('platform', '')}, {machine.get('cores', '?')} cores, {machine.get('device', '')}"
     versions = ", ".join(f"{k} {v}" for k, v in machine.get("versions", {}).items())
-    trained = duration(sum(r.get("seconds", 0) for r in runs.values()))
-    devices = Counter(r.get("environment", {}).get("device", "") for r in runs.values())
+    trainings = [r for r in runs.values() if "training" in r]
+    trained = duration(sum(r.get("seconds", 0) for r in trainings))
+    devices = Counter(r["environment"]["device"] for r in trainings)
     trained += " on " + ", ".join(f"{device} ({n} runs)" for device, n in devices.most_common()) if devices else ""
     times = [(name, duration(seconds)) for name, seconds in log.get("seconds", {}).items()]
     settings = flat(dataclasses.asdict(profile))

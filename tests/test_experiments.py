@@ -18,7 +18,7 @@ from torch import nn
 from lcco import experiments, figures
 from lcco.common import LCCoError
 from lcco.config import Profile, load_profile
-from lcco.runs import run_path
+from lcco.runs import environment, run_path
 from lcco.tables import MEASURED, Layout, Table, Variant, main_variants, paper_table
 
 ROOT = Path(__file__).parents[1]
@@ -187,12 +187,14 @@ def test_costs_of_the_parts_add_up(tiny: Profile, monkeypatch):
         assert parts["Baseline, all"][kind] == pytest.approx(sum_of, rel=1e-6)
     assert all(cells["seconds"] > 0 for cells in parts.values())
     monkeypatch.setattr(experiments, "part_costs", lambda *a: parts)
-    rows = experiments.cost_rows(tiny, ["tiny"], repeats=1)
+    found = experiments.cost_results(tiny, ["tiny"], repeats=1)
+    rows = found.rows
     layout = Layout("Cost", block="network", metrics=("parameters", "flops", "seconds"), notes=("n",), unit="")
-    table = Table("cost", rows, layout)
+    table = Table("cost", rows, layout, {run.path.name: run.record for run in found.runs.values()})
     assert table.notes() == ["n"]
     assert not any("**" in line for line in table.markdown().splitlines() if line.startswith("|"))
-    assert all(r["status"].startswith("not run: ") and r["J"] is None for r in rows)
+    assert all(r["status"] == MEASURED and r["J"] is None and r["tower"].endswith("(random)") for r in rows)
+    assert {table.runs[r["run"]]["environment"]["platform"] for r in rows} == {environment()["platform"]}
     assert len(figures.cost_figure(rows).axes) == 1
 
 
