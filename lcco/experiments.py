@@ -13,7 +13,6 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -734,16 +733,16 @@ def cost_results(profile: Profile, profiles: Sequence[str] | None = None, repeat
 
     profiles: None: embedded, lite and paper (at `smoke`: itself alone, because that is to take seconds).
     """
-    from lcco.runs import Run, environment
+    from lcco.runs import Run, environment, run_path
 
     if profiles is None:
         profiles = [profile.name] if profile.name == "smoke" else ["embedded", "lite", "paper"]
     out = Results()
     for name in dict.fromkeys(profiles):
         other = profile if name == profile.name else load_profile(name)
-        e = other.experiment.replace(RANDOM)
+        e = other.experiment.replace(RANDOM, name=f"cost-{other.name}")
         record = {"experiment": dataclasses.asdict(e), "hash": e.hash, "environment": environment(), "repeats": repeats}
-        run = out.runs[f"of {name}", e.seed] = Run(Path(f"cost-{other.name}-{e.hash}"), e, record)
+        run = out.runs[f"of {name}", e.seed] = Run(run_path(e), e, record)
         for part, cells in part_costs(e, other.group_size, repeats).items():
             row = make_row("cost", part, profile, e, run=run.path.name)
             row |= {"network": f"of {name}", "images": other.group_size, "group_size": other.group_size}
