@@ -1,0 +1,1 @@
+"""Experiments: frozen features, training, runs, evaluation, tables and figures."""
