@@ -1,0 +1,140 @@
+"""Files that are whole or absent, and the one cache: `kept(path, make)`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from lcco.common import LCCoError, place
+
+
+@contextlib.contextmanager
+def _writable(folder: Path) -> Iterator[None]:
+    """Make a folder to write in; where that fails, say which setting names another."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        for kind in ("runs", "cache"):
+            if folder.absolute().is_relative_to(place(kind).absolute()):
+                mend = f"set LCCO_{kind.upper()} to a folder that can be written to"
+                why = error.strerror or type(error).__name__
+                raise LCCoError(f"{folder}: cannot be written to ({why}); {mend}") from None
+        raise
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Give a file beside `path` to write; on success it is synced and renamed to `path`."""
+    path = Path(path)
+    with _writable(path.parent):
+        # A short name: `path.name` may already be as long as the disk allows.
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".part-", suffix=path.suffix[:12])
+        os.close(handle)
+        part = Path(name)
+        try:
+            yield part
+            with open(part, "rb+") as f:
+                os.fsync(f.fileno())
+            os.chmod(part, 0o644)  # mkstemp makes it private
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    with atomic_path(path) as part:
+        part.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file whole or not at all."""
+    write_text(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file. Raises: LCCoError naming a file that is damaged."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError:
+        raise LCCoError(f"{path}: damaged; delete it and it is made again") from None
+
+
+@contextlib.contextmanager
+def lock(path: Path, message: str = "") -> Iterator[None]:
+    """Hold an exclusive lock on the file `path`; a second process says so and waits."""
+    import filelock
+
+    path = Path(path)
+    with _writable(path.parent):
+        held = filelock.FileLock(path)
+        try:
+            held.acquire(timeout=0)
+        except filelock.Timeout:
+            print(message or f"waiting for another process: {path}", file=sys.stderr, flush=True)
+            held.acquire()
+    try:
+        yield
+    finally:
+        held.release()
+
+
+def _read(path: Path) -> Any:
+    if path.suffix == ".json":
+        return json.loads(path.read_text(encoding="utf-8"))
+    if path.suffix == ".npy":
+        import numpy as np
+
+        return np.load(path, mmap_mode="r")
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+def _write(part: Path, value: Any) -> None:
+    if part.suffix == ".json":
+        part.write_text(json.dumps(value, separators=(",", ":")), encoding="utf-8")
+    elif part.suffix == ".npy":
+        import numpy as np
+
+        with open(part, "wb") as f:
+            np.save(f, value)
+    else:
+        from safetensors.torch import save_file
+
+        save_file(value, part)
+
+
+def kept(path: Path, make: Callable[[], Any]) -> Any:
+    """The value in the file `path`; where there is none, `make()`, written whole under a lock.
+
+    By suffix: `.json` any JSON value; `.npy` an array, memory-mapped; `.safetensors` a mapping of
+    names to tensors. A damaged file is made again.
+    """
+    path = Path(path)
+    for _ in range(2):
+        kept_file(path, lambda part: _write(part, make()))
+        try:
+            return _read(path)
+        except Exception as error:  # each format has its own exceptions for a damaged file
+            print(f"{path}: damaged ({type(error).__name__}), made again", file=sys.stderr)
+            path.unlink(missing_ok=True)
+    raise LCCoError(f"{path}: cannot be read back after writing; is the disk in order?")
+
+
+def kept_file(path: Path, write: Callable[[Path], Any]) -> Path:
+    """`path`, once `write(part)` has filled a file that then takes this name; done only once."""
+    path = Path(path)
+    if not path.is_file():
+        with lock(path.with_name(f"{path.name}.lock")):
+            if not path.is_file():
+                with atomic_path(path) as part:
+                    write(part)
+    return path
