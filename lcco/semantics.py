@@ -185,8 +185,8 @@ class ConseTower(_ImageSide):
         self.text_identity = f"minilm-{file_digest(self._folder / 'model.safetensors')}"
         image = file_digest(backbones.weights_file("efficientnet_lite2", "package"))
         names = sorted(self.aliases.items())
-        recipe = [image, self.text_identity, names, self.templates, self.top, self.size, "squash"]
-        self.identity = f"conse-{digest(recipe)}"
+        how = [self.templates, 1.0, self.top, self.size, "squash"]  # 1.0: the softmax's temperature
+        self.identity = f"conse-{digest([image, self.text_identity, names, *how])}"
 
     def encode_prompts(self, texts: Sequence[str]) -> Tensor:
         if self._text is None:
