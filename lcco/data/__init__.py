@@ -1,1 +1,8 @@
-"""Image sets: readers, the one decoder of pictures, the group sampler, the check of a folder."""
+"""Image sets: the one decoder, a reader for each layout, the group sampler, `check`."""
+
+from lcco.data.check import check
+from lcco.data.load import load_data
+from lcco.data.sampler import Draw, GroupSampler
+from lcco.data.sets import CoSegData
+
+__all__ = ["CoSegData", "Draw", "GroupSampler", "check", "load_data"]

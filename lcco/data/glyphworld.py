@@ -1,8 +1,9 @@
-"""GlyphWorld, the embedded data set: pictographs drawn on the fly, with exact masks and no download.
+"""GlyphWorld, the embedded data set: pictographs drawn on the fly, with exact masks.
 
-Objects are symbols of DejaVu Sans (the font inside matplotlib), filled, textured, turned, scaled and partly
-occluded, on a textured background. A picture of a training or test fold holds two or three objects of different
-classes drawn by the same rules, so one picture alone does not tell which class is common; only its set does.
+Objects are symbols of DejaVu Sans (the font inside matplotlib), filled, textured, turned, scaled
+and partly occluded, on a textured background. A picture of a training or test fold holds two or
+three objects of different classes drawn by the same rules, so one picture alone does not tell
+which class is common; only its set does.
 """
 
 from __future__ import annotations
@@ -14,19 +15,21 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from lcco.common import LCCoError, digest
-from lcco.data import CoSegData
+from lcco.data.sets import CoSegData
 
 VERSION = 1  # counts up whenever the same seed would draw something else
 
-# name -> symbol. The last 12 are kept for testing: no training-fold picture holds one, not even as a distractor.
+# name → symbol. The last 12 are for testing: no picture of a training fold holds one.
 CLASSES: dict[str, str] = {
-    "sun": "☀", "cloud": "☁", "star": "★", "snowman": "☃", "shamrock": "☘", "pointing hand": "☛",
-    "radiation sign": "☢", "yin yang": "☯", "ship wheel": "☸", "smiling face": "☺", "chess king": "♔",
-    "chess rook": "♜", "chess pawn": "♟", "spade": "♠", "music note": "♬", "recycling sign": "♻", "die": "⚄",
-    "hammers": "⚒", "scales": "⚖", "urn": "⚱", "scissors": "✂", "envelope": "✉", "pencil": "✎", "snowflake": "❄",
-    "house": "⌂", "monkey": "🐵", "arrow": "⬅", "lightning": "⚡",
-    "umbrella": "☂", "telephone": "☎", "teacup": "☕", "skull": "☠", "chess knight": "♞", "heart": "♥",
-    "flag": "⚑", "anchor": "⚓", "gear": "⚙", "airplane": "✈", "flower": "✿", "cat": "🐱",
+    "sun": "☀", "cloud": "☁", "star": "★", "snowman": "☃", "shamrock": "☘",
+    "pointing hand": "☛", "radiation sign": "☢", "yin yang": "☯", "ship wheel": "☸",
+    "smiling face": "☺", "chess king": "♔", "chess rook": "♜", "chess pawn": "♟",
+    "spade": "♠", "music note": "♬", "recycling sign": "♻", "die": "⚄", "hammers": "⚒",
+    "scales": "⚖", "urn": "⚱", "scissors": "✂", "envelope": "✉", "pencil": "✎",
+    "snowflake": "❄", "house": "⌂", "monkey": "🐵", "arrow": "⬅", "lightning": "⚡",
+    "umbrella": "☂", "telephone": "☎", "teacup": "☕", "skull": "☠", "chess knight": "♞",
+    "heart": "♥", "flag": "⚑", "anchor": "⚓", "gear": "⚙", "airplane": "✈", "flower": "✿",
+    "cat": "🐱",
 }  # fmt: skip
 TRAIN_CLASSES: tuple[str, ...] = tuple(CLASSES)[:28]
 TEST_CLASSES: tuple[str, ...] = tuple(CLASSES)[28:]
@@ -34,19 +37,25 @@ TEST_CLASSES: tuple[str, ...] = tuple(CLASSES)[28:]
 _LABELS = {name: n for n, name in enumerate(CLASSES, 1)}
 
 # Line art: the outline is filled and the lines stand on it, darker. All others are solid.
-_LINE_ART = frozenset(
-    {"snowman", "smiling face", "chess king", "die", "envelope", "pencil", "house", "monkey", "teacup", "skull", "cat",
-     "yin yang"}
-)  # fmt: skip
+_LINE_ART = frozenset({
+    "snowman", "smiling face", "chess king", "die", "envelope", "pencil", "house", "monkey",
+    "teacup", "skull", "cat", "yin yang",
+})  # fmt: skip
 # Solid symbols through whose holes one sees the background; those of others show a second shade.
-_OPEN = frozenset({"ship wheel", "recycling sign", "scales", "scissors", "snowflake", "anchor", "gear", "music note"})
+_OPEN = frozenset({
+    "ship wheel", "recycling sign", "scales", "scissors", "snowflake", "anchor", "gear",
+    "music note",
+})  # fmt: skip
 _FOLDS = ("pretrain", "train", "holdout", "test", "choice")
 _GRID = 2  # objects are rasterised this many times finer and averaged down, for smooth edges
 
 
 @functools.cache
 def _contours(name: str) -> tuple[tuple[np.ndarray, bool], ...]:
-    """A symbol's contours, largest first, in a centred box of longest side 1 (y down), and whether each adds ink."""
+    """A symbol's contours, largest first, in a centred box of longest side 1 (y down).
+
+    Returns: (points [n, 2], whether the contour adds ink) of each.
+    """
     from matplotlib.font_manager import FontProperties
     from matplotlib.textpath import TextPath
 
@@ -57,26 +66,30 @@ def _contours(name: str) -> tuple[tuple[np.ndarray, bool], ...]:
     if name == "snowman":  # the flakes around it are weather, not snowman
         big = [p for p, a in zip(polygons, area, strict=True) if abs(a) > 0.15 * abs(area[largest])]
         spots = [(q.mean(0), 0.62 * np.ptp(q, 0).max()) for q in big]
-        kept = [n for n, p in enumerate(polygons) if any(np.linalg.norm(p.mean(0) - c) < r for c, r in spots)]
-        polygons, area, largest = [polygons[n] for n in kept], [area[n] for n in kept], kept.index(largest)
+        kept = [
+            n for n, p in enumerate(polygons)
+            if any(np.linalg.norm(p.mean(0) - c) < r for c, r in spots)
+        ]  # fmt: skip
+        polygons, area = [polygons[n] for n in kept], [area[n] for n in kept]
+        largest = kept.index(largest)
     points = np.concatenate(polygons)
     low, high = points.min(0), points.max(0)
     order = np.argsort(-np.abs(area), kind="stable")
     outer = np.sign(area[largest])  # a font turns inner contours the other way round
+    middle, side = (low + high) / 2, (high - low).max()
     return tuple(
-        ((polygons[n] - (low + high) / 2) / (high - low).max() * (1, -1), bool(np.sign(area[n]) == outer))
-        for n in order
+        ((polygons[n] - middle) / side * (1, -1), bool(np.sign(area[n]) == outer)) for n in order
     )
 
 
 def _raster(name: str, extent: float, angle: float) -> tuple[np.ndarray, np.ndarray]:
-    """What an object covers and where its main colour is: two square maps in 0..1, the object in their middle."""
+    """What an object covers and where its main colour is: square maps in 0..1 around it."""
     side = int(np.ceil(extent * 1.36)) + 3
     cos, sin = np.cos(angle), np.sin(angle)
     turn = np.array([[cos, sin], [-sin, cos]]) * extent * _GRID
     body, ink = (Image.new("L", (side * _GRID, side * _GRID)) for _ in range(2))
     paint_body, paint_ink = ImageDraw.Draw(body), ImageDraw.Draw(ink)
-    stroke = max(1, round(extent * _GRID / 36))  # fattens thin symbols, which coarse maps cannot hold
+    stroke = max(1, round(extent * _GRID / 36))  # for thin symbols
     for polygon, adds in _contours(name):
         points = [tuple(p) for p in (polygon @ turn + side * _GRID / 2).tolist()]
         paint_ink.polygon(points, fill=255 * adds)
@@ -93,13 +106,13 @@ def _raster(name: str, extent: float, angle: float) -> tuple[np.ndarray, np.ndar
 
 @functools.cache
 def _scale(name: str) -> float:
-    """How much larger than its box a thin or flat symbol is drawn, so that classes cover similar areas."""
+    """How much larger a thin or flat symbol is drawn, so that classes cover similar areas."""
     cover, _ = _raster(name, 64.0, 0.0)
     return float(np.clip(np.sqrt(0.5 / (cover.sum() / 64**2)), 0.9, 1.25))
 
 
-def _window(corner: np.ndarray, side: int, size: int) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
-    """Where a square patch with its upper left at `corner` (x, y) falls in the picture, and which part of it does."""
+def _window(corner: np.ndarray, side: int, size: int) -> tuple[tuple[slice, ...], ...]:
+    """Where a patch with its upper left at `corner` (x, y) falls, and which part of it does."""
     low, high = np.maximum(corner, 0), np.minimum(corner + side, size)
     place = [slice(int(a), int(b)) for a, b in zip(low, high, strict=True)]
     part = [slice(int(a), int(b)) for a, b in zip(low - corner, high - corner, strict=True)]
@@ -112,7 +125,7 @@ def _grid(side: int) -> np.ndarray:
 
 
 def _texture(rng: np.random.Generator, side: int, size: int, depth: float) -> np.ndarray:
-    """A pattern [side, side, 1] around 1, scaled for a picture of `size`: stripes, checks, dots, blotches, a slope."""
+    """A pattern [side, side, 1] around 1: stripes, checks, dots, blotches or a slope."""
     y, x = (g / size for g in _grid(side))
     kind, angle, period = rng.integers(5), rng.uniform(0, np.pi), rng.uniform(0.05, 0.16)
     u = (x * np.cos(angle) + y * np.sin(angle)) / period
@@ -126,21 +139,25 @@ def _texture(rng: np.random.Generator, side: int, size: int, depth: float) -> np
         wave = 1 - 2 * ((u % 1 - 0.5) ** 2 + (v % 1 - 0.5) ** 2 < 0.08)
     elif kind == 3:
         small = Image.fromarray((blotches * 255).astype(np.uint8))
-        wave = np.asarray(small.resize((side, side), Image.Resampling.BICUBIC), np.float32) / 127.5 - 1
+        small = small.resize((side, side), Image.Resampling.BICUBIC)
+        wave = np.asarray(small, np.float32) / 127.5 - 1
     else:
         wave = 2 * (u - u.min()) / max(float(np.ptp(u)), 1e-6) - 1
     return (1 + depth * wave)[..., None].astype(np.float32)
 
 
-def _colour(rng: np.random.Generator, away: Sequence[np.ndarray], distance: float, saturation: tuple) -> np.ndarray:
-    """A random RGB colour in 0..1 at least `distance` from the first of `away` and, if it can be, from the others."""
+def _colour(
+    rng: np.random.Generator, away: Sequence[np.ndarray], distance: float, saturation: tuple
+) -> np.ndarray:
+    """An RGB colour in 0..1, if it can be at least `distance` from those of `away`."""
     import colorsys
 
     best, best_gap = np.zeros(3), -1.0
     for _ in range(40):
         hsv = rng.random(), rng.uniform(*saturation), rng.uniform(0.15, 1)
         rgb = np.array(colorsys.hsv_to_rgb(*hsv))
-        gap = min([float(np.linalg.norm(rgb - other)) * (1 if n == 0 else 1.6) for n, other in enumerate(away)] or [9])
+        gaps = [float(np.linalg.norm(rgb - c)) * (1.6 if n else 1) for n, c in enumerate(away)]
+        gap = min(gaps, default=9)
         if away:  # equally bright colours are hard to tell apart, whatever their hue
             gap = min(gap, 2.2 * abs(float((rgb - away[0]) @ (0.299, 0.587, 0.114))))
         if gap > best_gap:
@@ -150,11 +167,34 @@ def _colour(rng: np.random.Generator, away: Sequence[np.ndarray], distance: floa
     return best
 
 
-def draw(names: Sequence[str], seed: int | Sequence[int], size: int = 128) -> tuple[Image.Image, np.ndarray]:
-    """Draw a scene of the named objects: an RGB picture [size, size] and its label map, uint8 [size, size].
+def _layout(
+    rng: np.random.Generator, patches: list[np.ndarray], extents: list[float], size: int
+) -> list[np.ndarray]:
+    """Each patch's upper left corner: of 40 layouts the first that leaves 80% of each visible."""
+    best, corners = -1.0, []
+    for _ in range(40):
+        hidden, shares, tried = np.zeros((size, size), np.float32), [], []
+        for patch, extent in zip(patches[::-1], extents[::-1], strict=True):  # the last lies on top
+            margin = min(0.44 * extent, size / 2)
+            middle = rng.uniform(margin, size - margin, 2)
+            tried.append(np.round(middle - len(patch) / 2).astype(int))
+            there, part = _window(tried[-1], len(patch), size)
+            shares.append(float((patch[part] * (1 - hidden[there])).sum() / patch.sum()))
+            hidden[there] = np.maximum(hidden[there], patch[part])
+        if min(shares, default=1.0) > best:
+            best, corners = min(shares, default=1.0), tried[::-1]
+        if best >= 0.8:
+            break
+    return corners
 
-    A label is the class's place in `CLASSES` plus 1; 0 is background. Equal arguments draw equal pixels.
-    Up to 40 layouts are tried for one that leaves 80% of every object visible.
+
+def draw(
+    names: Sequence[str], seed: int | Sequence[int], size: int = 128
+) -> tuple[Image.Image, np.ndarray]:
+    """Draw a scene of the named objects: an RGB picture and its label map, uint8 [size, size].
+
+    A label is the class's place in `CLASSES` plus 1; 0 is background. Equal arguments draw equal
+    pixels.
     Raises: LCCoError for a name that is not in `CLASSES`.
     """
     for name in names:
@@ -169,21 +209,10 @@ def draw(names: Sequence[str], seed: int | Sequence[int], size: int = 128) -> tu
     low, high = {1: (56, 96), 2: (52, 72)}.get(len(names), (48, 62))
     extents = [rng.uniform(low, high) * _scale(name) * size / 128 for name in names]
     patches = [_raster(n, e, rng.uniform(-0.45, 0.45)) for n, e in zip(names, extents, strict=True)]
-    best, corners = -1.0, []
-    for _ in range(40):  # the first layout that leaves every object enough to be seen
-        hidden, shares, tried = np.zeros((size, size), np.float32), [], []
-        for (patch, _), extent in zip(patches[::-1], extents[::-1], strict=True):  # the last one drawn lies on top
-            margin = min(0.44 * extent, size / 2)
-            tried.append(np.round(rng.uniform(margin, size - margin, 2) - len(patch) / 2).astype(int))
-            there, part = _window(tried[-1], len(patch), size)
-            shares.append(float((patch[part] * (1 - hidden[there])).sum() / patch.sum()))
-            hidden[there] = np.maximum(hidden[there], patch[part])
-        if min(shares, default=1.0) > best:
-            best, corners = min(shares, default=1.0), tried[::-1]
-        if best >= 0.8:
-            break
+    corners = _layout(rng, [patch for patch, _ in patches], extents, size)
     labels = np.zeros((size, size), np.uint8)
-    for name, colour, (cover, main), corner in zip(names, colours[1:], patches, corners, strict=True):
+    placed = zip(names, colours[1:], patches, corners, strict=True)
+    for name, colour, (cover, main), corner in placed:
         there, part = _window(corner, len(cover), size)
         shade = colour * 0.35 if colour @ (0.299, 0.587, 0.114) > 0.4 else 0.45 * colour + 0.55
         paint = main[..., None] * colour + (1 - main[..., None]) * shade
@@ -200,12 +229,13 @@ class GlyphWorld(CoSegData):
     """
 
     def __init__(
-        self, fold: str, scenes: Sequence[tuple[str, ...]], keys: Sequence[str], groups: dict[str, list[int]], size: int
-    ) -> None:
+        self, fold: str, scenes: Sequence[tuple[str, ...]], keys: Sequence[str],
+        groups: dict[str, list[int]], size: int,
+    ) -> None:  # fmt: skip
         super().__init__(f"glyphworld_{fold}", "glyphworld", keys, groups)
         self.scenes, self.size, self._seed = tuple(scenes), size, _FOLDS.index(fold)
         self._drawn = functools.lru_cache(maxsize=512)(self._draw)  # 32 MB at 128 px
-        self._maps: dict[int, np.ndarray] = {}  # label maps are small (48 MB for 3,000), and asked for class by class
+        self._maps: dict[int, np.ndarray] = {}  # small (48 MB for 3,000), asked for by class
 
     def _draw(self, i: int) -> tuple[Image.Image, np.ndarray]:
         return draw(self.scenes[i], (self._seed, i), self.size)
@@ -214,62 +244,74 @@ class GlyphWorld(CoSegData):
         return self._drawn(i)[0].copy()
 
     def labels(self, i: int) -> np.ndarray:
-        """The label map of picture i, uint8 [size, size]: the class's place in `CLASSES` plus 1, 0 = background."""
+        """The label map of picture i, uint8 [size, size], as `draw` gives it."""
         if i not in self._maps:
             self._maps[i] = self._drawn(i)[1]
         return self._maps[i]
 
     def mask(self, i: int, classes: Sequence[str]) -> np.ndarray:
-        return np.isin(self.labels(i), [_LABELS[c] for c in classes if c in _LABELS]).astype(np.uint8)
+        wanted = [_LABELS[c] for c in classes if c in _LABELS]
+        return np.isin(self.labels(i), wanted).astype(np.uint8)
 
     def classes_of(self, i: int) -> frozenset[str]:
         return frozenset(self.scenes[i])
 
-    def _contents(self, items: Sequence[int]) -> list[str]:
-        return [digest([VERSION, self._seed, i, self.size, self.scenes[i]], 16) for i in items]
+    def content(self, i: int) -> str:
+        return digest([VERSION, self._seed, i, self.size, self.scenes[i]], 16)
 
 
 def glyphworld(fold: str, n: int | None = None, size: int = 128) -> CoSegData:
-    """One fold of GlyphWorld: `pretrain`, `train`, `holdout`, `test` or `choice`, always the same pictures.
+    """One fold of GlyphWorld: pretrain, train, holdout, test or choice; always the same pictures.
 
-    `pretrain`: 4,000 scenes of one to three objects of any class. `train` (3,000) and `holdout` (300): two or three
-    objects of the training classes; a picture is in the groups of all of them. `test`: 25 pictures for each test
-    class, in the group of that class alone, beside one or two other test classes; in every sixth run of five pictures
-    the last lacks the object. `choice`: 264 pictures of just two test classes, in the groups of both.
-
-    `n`: number of pictures (`test`: for each class). `size`: side in pixels; the same scene at any size.
-    Raises: LCCoError for an unknown fold.
+    `pretrain`: 4,000 scenes of one to three objects of any class. `train` (3,000) and `holdout`
+    (300): two or three objects of the training classes; a picture is in the groups of all of them.
+    `test`: 25 pictures for each test class, in the group of that class alone, beside one or two
+    other test classes; in every sixth run of five pictures the last lacks the object. `choice`: 264
+    pictures of just two test classes, in the groups of both.
+    n: number of pictures (`test`: for each class). size: side in pixels; the same scene at any.
+    Raises: LCCoError for an unknown fold, or for n below 1.
     """
     if fold not in _FOLDS:
         raise LCCoError(f"GlyphWorld has no fold `{fold}`; it has {', '.join(_FOLDS)}")
+    if n is not None and n < 1:
+        raise LCCoError(f"glyphworld_{fold}: {n} pictures; give 1 or more")
     rng = np.random.default_rng((VERSION, 1000 + _FOLDS.index(fold)))
-    pool = {"pretrain": tuple(CLASSES), "test": TEST_CLASSES, "choice": TEST_CLASSES}.get(fold, TRAIN_CLASSES)
-    scenes: list[tuple[str, ...]] = []
-    keys: list[str] = []
-    groups: dict[str, list[int]] = {c: [] for c in pool}
-
-    def pick(among: Sequence[str], count: int) -> list[str]:
-        return [among[j] for j in rng.permutation(len(among))[:count]]
-
-    if fold == "test":
-        count = 25 if n is None else n
-        for c in pool:
-            others = [o for o in pool if o != c]
-            for j in range(count):
-                absent = j % 5 == 4 and (len(keys) // 5) % 6 == 3
-                names = [*([] if absent else [c]), *pick(others, int(rng.integers(1, 3)) + absent)]
-                groups[c].append(len(keys))
-                keys.append(f"{c}/{j:03d}")
-                scenes.append(tuple(names[k] for k in rng.permutation(len(names))))
-    else:
-        pairs = [(a, b) for a in pool for b in pool if a != b] if fold == "choice" else []
-        for j in range({"pretrain": 4000, "train": 3000, "holdout": 300, "choice": 264}[fold] if n is None else n):
-            if fold == "choice":
-                names = pairs[int(rng.permutation(len(pairs))[0])] if j >= len(pairs) else pairs[j]
-            else:
-                names = pick(pool, int(rng.integers(1 if fold == "pretrain" else 2, 4)))
-            for c in names:
-                groups[c].append(j)
-            keys.append(f"{j:05d}")
-            scenes.append(tuple(names))
+    keys, scenes, groups = (_test_fold if fold == "test" else _plain_fold)(rng, fold, n)
     return GlyphWorld(fold, scenes, keys, {c: g for c, g in groups.items() if g}, size)
+
+
+def _pick(rng: np.random.Generator, among: Sequence[str], count: int) -> list[str]:
+    return [among[j] for j in rng.permutation(len(among))[:count]]
+
+
+_Fold = tuple[list[str], list[tuple[str, ...]], dict[str, list[int]]]  # keys, scenes, groups
+
+
+def _test_fold(rng: np.random.Generator, fold: str, n: int | None) -> _Fold:
+    keys, scenes, groups = [], [], {c: [] for c in TEST_CLASSES}
+    for c in TEST_CLASSES:
+        others = [o for o in TEST_CLASSES if o != c]
+        for j in range(n or 25):
+            absent = j % 5 == 4 and (len(keys) // 5) % 6 == 3
+            more = _pick(rng, others, int(rng.integers(1, 3)) + absent)
+            names = [*([] if absent else [c]), *more]
+            groups[c].append(len(keys))
+            keys.append(f"{c}/{j:03d}")
+            scenes.append(tuple(names[k] for k in rng.permutation(len(names))))
+    return keys, scenes, groups
+
+
+def _plain_fold(rng: np.random.Generator, fold: str, n: int | None) -> _Fold:
+    pool = {"pretrain": tuple(CLASSES), "choice": TEST_CLASSES}.get(fold, TRAIN_CLASSES)
+    pairs = [(a, b) for a in pool for b in pool if a != b]
+    keys, scenes, groups = [], [], {c: [] for c in pool}
+    for j in range(n or {"pretrain": 4000, "train": 3000, "holdout": 300, "choice": 264}[fold]):
+        if fold == "choice":
+            names = pairs[int(rng.permutation(len(pairs))[0])] if j >= len(pairs) else pairs[j]
+        else:
+            names = _pick(rng, pool, int(rng.integers(1 if fold == "pretrain" else 2, 4)))
+        for c in names:
+            groups[c].append(j)
+        keys.append(f"{j:05d}")
+        scenes.append(tuple(names))
+    return keys, scenes, groups

@@ -1,0 +1,76 @@
+"""Which pictures two sets share, by content: equal files or near-equal pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from lcco.common import digest, place
+from lcco.store import kept
+
+if TYPE_CHECKING:
+    from lcco.data.sets import CoSegData
+
+LOOKS = "looks-2"  # names every file that hashes decide: change it with what follows here
+NEAR = 12  # bits of 128: pictures this close are one picture, if their thumbnails agree too
+FLAT = 2  # grey levels: a smaller difference of two cells is noise, or a plain ground
+CELLS = 24  # a side of the thumbnail
+
+
+def picture_hash(image: Image.Image) -> str:
+    """What a picture looks like: a grey thumbnail and a 128-bit difference hash, in hex.
+
+    A bit tells whether a cell is brighter than its neighbour, along rows and along columns:
+    re-encoding or resizing changes few (`NEAR`), another picture about half of them, unless both
+    show something on a plain ground, where most bits are 0. There the thumbnail tells them apart.
+    """
+    grey = image.convert("L")
+    rows = np.asarray(grey.resize((9, 8), Image.Resampling.BOX), np.int16)
+    columns = np.asarray(grey.resize((8, 9), Image.Resampling.BOX), np.int16)
+    steps = np.diff(rows, axis=1).ravel(), np.diff(columns, axis=0).ravel()
+    small = grey.resize((CELLS, CELLS), Image.Resampling.HAMMING)  # nearly the same of a copy
+    return small.tobytes().hex() + np.packbits(np.concatenate(steps) > FLAT).tobytes().hex()
+
+
+def _looks(hashes: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Bits [n, 2], thumbnails [n, cells] of mean 0 and variance 1, variances and tolerances [n].
+
+    Two thumbnails of one picture are apart by a share of their variance (1 − correlation): 0.002
+    at most after re-encoding and resizing, up to 0.04 after careless resizing or a slight crop of
+    a busy picture. Distinct objects of one size on a plain ground may be apart by 0.005 only. So
+    the tolerance grows with the share of the cells that hold the picture's detail: a few
+    hundredths of a product photograph's cells, about half of a scene's.
+    """
+    raw = np.frombuffer(bytes.fromhex("".join(hashes)), np.uint8).reshape(-1, CELLS**2 + 16)
+    cells = raw[:, :-16].astype(np.float32)
+    padded = np.pad(cells.reshape(-1, CELLS, CELLS), ((0, 0), (1, 1), (1, 1)), "edge")
+    around = padded[:, :-2, 1:-1] + padded[:, 2:, 1:-1] + padded[:, 1:-1, :-2] + padded[:, 1:-1, 2:]
+    detail = np.abs(cells - around.reshape(cells.shape) / 4)
+    share = detail.sum(1) ** 2 / (detail**2).sum(1).clip(1e-6) / CELLS**2
+    cells -= cells.mean(1, keepdims=True)
+    cells /= cells.std(1, keepdims=True).clip(3 * FLAT)  # noise must not become a look
+    bits = raw[:, -16:].copy().view(np.uint64)
+    return bits, cells, (cells**2).mean(1), 0.0025 + 0.2 * share**2
+
+
+def near_pairs(a: Sequence[str], b: Sequence[str]) -> list[tuple[int, int]]:
+    """Index pairs of hashes that differ in few bits, and whose thumbnails agree."""
+    (bits, cells, variance, tolerance), right = _looks(a), _looks(b)
+    found = []
+    for n, row in enumerate(bits):  # one row against all: memory stays at one row
+        m = np.flatnonzero(np.bitwise_count(right[0] ^ row).sum(1) <= NEAR)
+        if len(m):
+            apart = (right[2][m] + variance[n]) / 2 - right[1][m] @ cells[n] / CELLS**2
+            agree = apart <= np.minimum(right[3][m], tolerance[n])
+            found += [(n, int(k)) for k in m[agree]]
+    return found
+
+
+def overlap(a: CoSegData, b: CoSegData) -> list[tuple[int, int]]:
+    """(index in a, index in b) of every picture that both sets hold; kept on disk."""
+    file = place("cache") / f"overlap-{digest([LOOKS, a.digest(), b.digest()], 16)}.json"
+    pairs = kept(file, lambda: near_pairs(a.hashes(), b.hashes()))
+    return [(int(i), int(j)) for i, j in pairs]

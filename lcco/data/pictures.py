@@ -1,0 +1,246 @@
+"""The one decoder of pictures, for training, scoring, embedding, hashing and co-segmentation."""
+
+from __future__ import annotations
+
+import sys
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from lcco.common import LCCoError, few
+
+LOSSY = (".jpg", ".jpeg", ".jpe", ".jfif")  # masks in them are binary only nearly
+ENDINGS = frozenset({
+    *LOSSY, ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".avif", ".heic", ".heif", ".jp2",
+    ".ppm", ".pgm", ".pbm", ".pnm", ".tga",
+})  # fmt: skip
+Box = tuple[float, float, float, float]  # x0, y0, x1, y1 as shares of width and height
+
+_SYSTEM = {
+    "@eadir", "@tmp", "#recycle", "#snapshot", "__macosx", "$recycle.bin", "lost+found",
+    "system volume information", "thumbs.db", "desktop.ini",
+}  # fmt: skip
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+
+
+def same_name(name: str) -> str:
+    """A file name in the one spelling (NFC) by which names are compared: disks differ in theirs."""
+    return unicodedata.normalize("NFC", name)
+
+
+def is_system(name: str) -> bool:
+    """Whether a file or folder is hidden or a system's own (`@eaDir`, `__MACOSX`, `Thumbs.db`)."""
+    return name.startswith(".") or name.casefold() in _SYSTEM
+
+
+def listing(folder: Path) -> tuple[list[Path], dict[str, list[str]]]:
+    """The pictures of a folder by name, and by reason the names of what else is in it.
+
+    Hidden and system files are in neither; nor are folders, unless named like a picture.
+    Raises: LCCoError for a folder that is missing or cannot be read.
+    """
+    try:
+        entries = sorted(folder.iterdir(), key=lambda e: (e.name.casefold(), e.name))
+    except OSError as error:
+        why = error.strerror or type(error).__name__
+        raise LCCoError(f"{folder}: {why}; give a folder with pictures") from None
+    found, others = [], {}
+    for entry in entries:
+        picture, is_folder = entry.suffix.lower() in ENDINGS, entry.is_dir()
+        if is_system(entry.name) or (is_folder and not picture):
+            continue
+        if picture and entry.is_file():
+            found.append(entry)
+            continue
+        if is_folder:
+            why = "a folder"
+        elif not entry.exists():
+            why = "a broken link"
+        else:
+            why = "no picture's ending" if entry.is_file() else "no file but a pipe or device"
+        others.setdefault(why, []).append(entry.name)
+    return found, others
+
+
+def pictures_in(folder: Path | str) -> list[Path]:
+    """The picture files of a folder by name; what else lies there is named on stderr.
+
+    Raises: LCCoError for a folder that is missing or cannot be read.
+    """
+    found, others = listing(Path(folder).expanduser())
+    for why, names in others.items():
+        print(f"{folder}: left out, {why}: {few(names)}", file=sys.stderr, flush=True)
+    return found
+
+
+def _why(path: Path, error: Exception) -> LCCoError:
+    text = (str(error).splitlines() or [""])[0].split("'/")[0].split("<")[0].strip()[:80]
+    why = f"corrupt picture ({text or type(error).__name__}); replace the file"
+    if isinstance(error, FileNotFoundError):
+        why = "no such file; put it back or take its image out of the set"
+    elif isinstance(error, PermissionError):
+        why = "may not be read; change its permissions"
+    elif isinstance(error, Image.DecompressionBombError):
+        why = f"too many pixels ({text.split(',')[0]}); make it smaller"
+    elif isinstance(error, Image.UnidentifiedImageError) and path.suffix[:3].lower() == ".he":
+        why = "HEIC is not supported; export it as JPEG"
+    return LCCoError(f"{path}: {why}")
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # broken EXIF says nothing; the picture itself is whole
+        return 1
+
+
+def _decoded(path: Path, side: int | None = None) -> Image.Image:
+    """The first frame as stored, upright. side: as of `read_picture`."""
+    try:
+        with Image.open(path) as image:
+            if side:
+                image.draft(None, (side, side))  # JPEG decodes at 1/2, 1/4 or 1/8
+            image.load()  # Pillow turns a TIFF here and takes its tag away: ask for it afterwards
+            turn = _TURNS.get(_orientation(image))
+            return image.copy() if turn is None else image.transpose(turn)
+    except Exception as error:  # decoders raise many kinds of errors on damaged files
+        raise _why(Path(path), error) from None
+
+
+def read_picture(path: Path | str, side: int | None = None) -> Image.Image:
+    """A picture file as RGB uint8, as a viewer shows it: upright, transparent parts white.
+
+    Of an animation the first frame; 16 bit and float as `to_rgb` says. side: the shorter side may
+    shrink by whole factors down to this many pixels, which makes large files cheap.
+    Raises: LCCoError naming a file that is missing or does not decode.
+    """
+    image = _decoded(path, side)
+    try:
+        image = to_rgb(image)
+    except (ValueError, OSError) as error:
+        raise LCCoError(f"{path}: {error}; save it as 8-bit RGB") from None
+    factor = min(image.size) // side if side else 1
+    return image.reduce(factor) if factor > 1 else image
+
+
+def picture_size(path: Path | str) -> tuple[int, int]:
+    """(width, height) of what `read_picture` gives, from the header where that tells."""
+    try:
+        with Image.open(path) as image:
+            if image.format == "TIFF":  # its `size` is turned or not, by Pillow's version
+                turned = image.tag_v2.get(_ORIENTATION, 1) in (5, 6, 7, 8)
+                size = image.tag_v2[256], image.tag_v2[257]
+            else:
+                turned, size = _orientation(image) in (5, 6, 7, 8), image.size
+            return size[::-1] if turned else size
+    except Exception as error:
+        raise _why(Path(path), error) from None
+
+
+def to_rgb(image: Image.Image | np.ndarray) -> Image.Image:
+    """An image or array ([H, W], or [H, W, 1, 3 or 4]) as RGB uint8, transparent parts white.
+
+    Values of more than 8 bits are scaled from the range that `_range` finds.
+    Raises: ValueError for an array of another shape, or of floats outside 0..1.
+    """
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(_eight_bits(_checked(image)))
+    if _numbers(image):
+        image = Image.fromarray(_eight_bits(np.asarray(image)))
+    if image.has_transparency_data:
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _checked(values: np.ndarray) -> np.ndarray:
+    if values.ndim == 3 and values.shape[2] == 1:
+        values = values[..., 0]
+    coloured = values.ndim == 3 and values.shape[2] in (3, 4)
+    if 0 in values.shape or not (values.ndim == 2 or coloured):
+        what = f"an array of shape {list(values.shape)} is no picture"
+        raise ValueError(f"{what}; it must be [H, W] or [H, W, 3 or 4]")
+    if values.dtype.kind == "f" and (np.nanmin(values) < 0 or np.nanmax(values) > 1):
+        found = f"{np.nanmin(values):g} to {np.nanmax(values):g}"
+        raise ValueError(f"an array of floats must be in 0..1; it holds {found}")
+    return values
+
+
+def _numbers(image: Image.Image) -> bool:
+    return image.mode == "F" or image.mode.startswith("I")
+
+
+def _eight_bits(values: np.ndarray) -> np.ndarray:
+    """uint8 of values of any kind and range."""
+    if values.dtype in (np.uint8, bool):
+        return values if values.dtype == np.uint8 else values.astype(np.uint8) * 255
+    low, high = _range(values)
+    values = np.nan_to_num(values.astype(np.float32), nan=low, posinf=high, neginf=low)
+    scaled = (np.clip(values, low, high) - low) * (255 / max(high - low, 1e-12))
+    return np.round(scaled).astype(np.uint8)
+
+
+def _range(values: np.ndarray) -> tuple[float, float]:
+    """What becomes black and what white.
+
+    Of integers from 0 on: the least of 8, 10, 12, 14, 16 bits that holds them. Else the range of
+    the distinct finite values, without the lowest or highest 0.1% of them (at least one) where
+    those take more room than all the rest: fill values such as -9999, however often they occur,
+    and stray highlights. A range inside 0..1 is taken as 0..1.
+    """
+    if values.dtype.kind in "iu" and values.min() >= 0:
+        top = int(values.max())
+        return 0.0, float(next((2**b - 1 for b in (8, 10, 12, 14, 16) if top < 2**b), top))
+    found = np.unique(values[np.isfinite(values)]).astype(np.float64)
+    low, high = (found[0], found[-1]) if len(found) else (0.0, 1.0)
+    trim = -(-len(found) // 1000)
+    if len(found) > 3 * trim:
+        a, b = found[trim], found[-1 - trim]
+        low, high = a if a - low > b - a else low, b if high - b > b - a else high
+    return (0.0, 1.0) if low >= 0 and high <= 1 else (float(low), float(high))
+
+
+def read_mask(path: Path | str) -> np.ndarray:
+    """A mask file as grey uint8 [H, W], upright.
+
+    Raises: LCCoError for a file that does not decode, or that hides its object in transparency,
+    as a cut-out does.
+    """
+    image = _decoded(path)
+    if image.mode in ("LA", "RGBA", "PA", "La", "RGBa"):
+        if np.asarray(image)[..., -1].min(initial=255) < 255:
+            mend = "save it as grey, object 255 and background 0"
+            raise LCCoError(f"{path}: mask with transparency; {mend}")
+        image = to_rgb(image)
+    return _eight_bits(np.asarray(image)) if _numbers(image) else np.asarray(image.convert("L"))
+
+
+def read_labels(path: Path | str) -> np.ndarray:
+    """A mask of class numbers (palette or grey), uint8 [H, W]. Raises: LCCoError for colours."""
+    image = _decoded(path)
+    if image.mode not in ("P", "L"):
+        what = f"a VOC mask must hold class numbers (palette or grey PNG), not {image.mode} colours"
+        raise LCCoError(f"{path}: {what}")
+    return np.asarray(image)
+
+
+def _square(image: Image.Image, size: int, crop: Box | None, how: Image.Resampling) -> np.ndarray:
+    box = [s * n for s, n in zip(crop or (0, 0, 1, 1), image.size * 2, strict=True)]
+    return np.array(image.resize((size, size), how, tuple(box)))
+
+
+def load_square(picture: Image.Image, size: int, crop: Box | None = None) -> np.ndarray:
+    """uint8 [size, size, 3]: a picture, or a crop of it, squashed (bilinear, antialiased)."""
+    return _square(picture, size, crop, Image.Resampling.BILINEAR)
+
+
+def mask_square(mask: np.ndarray, size: int, crop: Box | None = None) -> np.ndarray:
+    """uint8 [size, size] of {0, 1, 255}: the mask that goes with `load_square`, nearest pixel."""
+    return _square(Image.fromarray(mask), size, crop, Image.Resampling.NEAREST)
