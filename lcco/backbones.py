@@ -246,23 +246,18 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     from timm.models import load_state_dict
 
     path = _there(path)
-    try:
-        state = load_state_dict(str(path), weights_only=True)
-    except Exception as error:  # each format has its own exceptions for the same mishap
-        state = _torchscript(path, error)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of TorchScript, the form of OpenAI's own CLIP files
+        try:
+            state = load_state_dict(str(path), weights_only=True)
+        except Exception as error:  # each format has its own exceptions for the same mishap
+            try:
+                state = torch.jit.load(path, map_location="cpu").state_dict()
+            except Exception:
+                raise _unreadable(path, error) from None
     if not all(isinstance(value, Tensor) for value in state.values()):
         raise LCCoError(f"{path}: holds no state dict (a mapping of names to tensors)")
     return state
-
-
-def _torchscript(path: Path, error: Exception) -> dict[str, Tensor]:
-    """OpenAI's own CLIP files are TorchScript, which `torch.load` refuses with `error`."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # deprecated
-            return torch.jit.load(path, map_location="cpu").state_dict()
-    except Exception:
-        raise _unreadable(path, error) from None
 
 
 def _there(path: str | Path) -> Path:

@@ -1,4 +1,4 @@
-"""Backbones: strides and channels, the tail, frozen statistics, weights by package, file and hub, and clear errors."""
+"""Backbones: strides and channels, frozen statistics, weights by package, file and hub, errors."""
 
 from __future__ import annotations
 
@@ -9,8 +9,15 @@ import torch
 from torch import nn
 
 from lcco import backbones
-from lcco.backbones import classifier, hub_file, make_backbone, read_tensors, tensors_digest
-from lcco.common import LCCoError
+from lcco.backbones import (
+    classifier,
+    fetch,
+    make_backbone,
+    read_about,
+    read_tensors,
+    tensors_digest,
+)
+from lcco.common import LCCoError, Missing
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +72,14 @@ def test_the_backbone_is_the_classifier_without_its_head_and_normalises_by_itsel
 
 def _cut(state):
     """ResNet's names as the backbone's, written out by hand."""
-    where = {"conv1": "0.0", "bn1": "0.1", "layer1": "0.4", "layer2": "1.0", "layer3": "2.0", "layer4": "3.0"}
+    where = {
+        "conv1": "0.0",
+        "bn1": "0.1",
+        "layer1": "0.4",
+        "layer2": "1.0",
+        "layer3": "2.0",
+        "layer4": "3.0",
+    }
     out = {}
     for key, value in state.items():
         head, rest = key.split(".", 1)
@@ -85,7 +99,9 @@ def test_frozen_stages_take_no_gradient_and_keep_statistics_while_others_learn()
     sum(m.square().mean() for m in net(torch.rand(2, 3, 64, 64))).backward()
     for n, stage in enumerate(net.stages):
         same = all(torch.equal(a, b) for a, b in zip(before[n], _statistics(stage), strict=True))
-        gradients = [p.grad is not None and bool(p.grad.abs().sum() > 0) for p in stage.parameters()]
+        gradients = [
+            p.grad is not None and bool(p.grad.abs().sum() > 0) for p in stage.parameters()
+        ]
         assert same == (n < 2)  # random weights: the free stages use batch statistics
         assert all(gradients) if n >= 2 else not any(gradients)
 
@@ -96,7 +112,9 @@ def test_pretrained_weights_keep_statistics_even_where_they_are_trained(tmp_path
     before = _statistics(net)
     sum(m.square().mean() for m in net(torch.rand(2, 3, 64, 64))).backward()
     assert all(torch.equal(a, b) for a, b in zip(before, _statistics(net), strict=True))
-    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in net.stages[1:].parameters())
+    assert all(
+        p.grad is not None and torch.isfinite(p.grad).all() for p in net.stages[1:].parameters()
+    )
     assert net.stages[1].training
 
 
@@ -119,7 +137,9 @@ def test_the_package_file_fills_every_tensor_in_order(lite2):
     assert len(source) == len(own) == 386
     for (theirs, a), (ours, b) in zip(source.items(), own.items(), strict=True):
         assert torch.equal(a, b), (theirs, ours)
-        assert theirs.rsplit(".", 1)[-1] == ours.rsplit(".", 1)[-1]  # weight to weight, running_var to running_var
+        assert (
+            theirs.rsplit(".", 1)[-1] == ours.rsplit(".", 1)[-1]
+        )  # weight to weight, running_var to running_var
     x = torch.rand(1, 3, 96, 96)
     with torch.no_grad():  # the cut network feeds the same head
         want = net.forward_features(x * 2 - 1)
@@ -137,12 +157,19 @@ def test_local_files_load_under_classifier_names_wrapped_names_and_own_names(tmp
         if suffix == "pth":
             torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}}, path)
         else:
-            save_file({k: v.half().contiguous() for k, v in state.items() if v.is_floating_point()}, path)
+            save_file(
+                {k: v.half().contiguous() for k, v in state.items() if v.is_floating_point()}, path
+            )
         return str(path)
 
-    source = classifier("glyphnet", None, classes=7)
-    want = make_backbone("glyphnet", save(source.state_dict(), "classifier"))  # its head of 7 is not looked at
-    torch.testing.assert_close(want.stages[0][0][0].weight, source.conv1[0].weight, atol=1e-3, rtol=1e-3)
+    source = classifier("glyphnet", None)
+    source.fc = nn.Linear(source.fc.in_features, 7)
+    want = make_backbone(
+        "glyphnet", save(source.state_dict(), "classifier")
+    )  # its head of 7 is not looked at
+    torch.testing.assert_close(
+        want.stages[0][0][0].weight, source.conv1[0].weight, atol=1e-3, rtol=1e-3
+    )
     again = make_backbone("glyphnet", save(want.state_dict(), "own"), frozen_stages=4)
     for a, b in zip(want.parameters(), again.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
@@ -151,7 +178,10 @@ def test_local_files_load_under_classifier_names_wrapped_names_and_own_names(tmp
 def test_own_names_of_every_architecture_find_their_way_back(tmp_path, lite2):
     for name, net in (("efficientnet_lite2", lite2), ("resnet18", make_backbone("resnet18", None))):
         torch.save(net.state_dict(), tmp_path / "own.pth")
-        assert make_backbone(name, str(tmp_path / "own.pth"), net.frozen_stages).identity == net.identity
+        assert (
+            make_backbone(name, str(tmp_path / "own.pth"), net.frozen_stages).identity
+            == net.identity
+        )
 
 
 def test_a_truncated_missing_or_foreign_file_is_named(tmp_path):
@@ -163,14 +193,38 @@ def test_a_truncated_missing_or_foreign_file_is_named(tmp_path):
     (tmp_path / "net.safetensors").write_bytes(b"\x10\x00\x00")
     with pytest.raises(LCCoError, match=r"net\.safetensors.*cut short"):
         make_backbone("glyphnet", str(tmp_path / "net.safetensors"))
-    with pytest.raises(LCCoError, match="no such weights file"):
+    with pytest.raises(Missing, match=r"weights `absent\.pth` not found: there is no file"):
         make_backbone("resnet18", str(tmp_path / "absent.pth"))
     torch.save({"a": 1}, path)
     with pytest.raises(LCCoError, match="no state dict"):
         make_backbone("resnet18", str(path))
     torch.save(classifier("glyphnet", None).state_dict(), path)
-    with pytest.raises(LCCoError, match=r"not weights of resnet18: `conv1.*is missing"):
+    with pytest.raises(LCCoError, match="not weights of resnet18: size mismatch for bn1"):
         make_backbone("resnet18", str(path))
+    torch.save(classifier("resnet18", None).state_dict(), path)
+    with pytest.raises(LCCoError, match=r"not weights of resnet34: `layer1\.2.*is missing"):
+        make_backbone("resnet34", str(path))
+    with pytest.raises(LCCoError, match=r"not weights of resnet50: size mismatch for layer1"):
+        make_backbone("resnet50", str(path))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+def test_a_torchscript_file_is_read_as_openai_gives_its_own(tmp_path):
+    net = nn.Linear(2, 3)
+    torch.jit.script(net).save(str(tmp_path / "net.pt"))
+    assert torch.equal(read_tensors(tmp_path / "net.pt")["weight"], net.weight)
+
+
+def test_the_shipped_model_gives_its_trained_stages_over_what_it_started_from(lite2):
+    net = make_backbone("efficientnet_lite2", "shipped", frozen_stages=2)
+    state = read_tensors(backbones.model_file("shipped"))
+    for key, value in net.state_dict().items():
+        trained = state.get(f"backbone.{key}")
+        assert torch.equal(value, lite2.state_dict()[key] if trained is None else trained.float())
+        assert (trained is None) == key.startswith(("stages.0", "stages.1"))
+    assert net.keep_statistics and read_about(backbones.model_file("shipped"))["words"]
+    with pytest.raises(LCCoError, match="its backbone is efficientnet_lite2, not resnet18"):
+        make_backbone("resnet18", "shipped")
 
 
 def test_unknown_names_and_sources_are_refused():
@@ -178,7 +232,7 @@ def test_unknown_names_and_sources_are_refused():
         make_backbone("resnet51", None)
     with pytest.raises(LCCoError, match="use `package`"):
         make_backbone("efficientnet_lite2", "imagenet")
-    with pytest.raises(LCCoError, match="no package ships"):
+    with pytest.raises(LCCoError, match="does not exist for resnet18; use .*`imagenet`"):
         make_backbone("resnet18", "package")
     with pytest.raises(LCCoError, match="0 to 4"):
         make_backbone("glyphnet", None, frozen_stages=5)
@@ -188,16 +242,30 @@ def test_absent_hub_weights_say_within_seconds_what_to_put_where(tmp_path, monke
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setenv("LCCO_OFFLINE", "1")
     monkeypatch.setattr(backbones, "reachable", lambda url: pytest.fail("touched the network"))
-    with pytest.raises(LCCoError, match=r"resnet50-\w+\.pth.*downloads are off.*https://.*checkpoints.*`model.weights`"):
+    with pytest.raises(
+        Missing, match=r"downloads are off.*https://.*checkpoints.*`model.weights`"
+    ) as e:
         make_backbone("resnet50", "imagenet")
+    assert e.value.kind == "weights" and e.value.name.startswith("resnet50-")
     monkeypatch.undo()
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     for key in ("LCCO_OFFLINE", "HF_HUB_OFFLINE"):
         monkeypatch.delenv(key, raising=False)
     start = time.monotonic()
-    with pytest.raises(LCCoError, match="does not answer"):
-        hub_file("http://127.0.0.1:9/net-0123.pth", "model.weights")
+    with pytest.raises(Missing, match="`net` not found: the net does not answer: put it there"):
+        fetch("net", "http://127.0.0.1:9/net.pth", "put it there", lambda: pytest.fail("asked"))
     assert time.monotonic() - start < 10
+
+
+def test_a_download_that_breaks_is_named(monkeypatch):
+    def broken():
+        raise OSError("disk full")
+
+    for key in ("LCCO_OFFLINE", "HF_HUB_OFFLINE"):
+        monkeypatch.delenv(key, raising=False)
+    monkeypatch.setattr(backbones, "reachable", lambda url: True)
+    with pytest.raises(Missing, match=r"failed \(OSError\): put it there"):
+        fetch("net", "https://example.org", "put it there", broken)
+    assert fetch("net", "https://example.org", "", lambda: 3) == 3
 
 
 def test_hub_weights_already_in_the_cache_are_used_offline(tmp_path, monkeypatch):
