@@ -1,12 +1,12 @@
-"""Pixel accuracy P, foreground IoU J, and the five named protocols under which the field reports them.
+"""Pixel accuracy P, foreground IoU J, and the five named protocols under which they are reported.
 
-The same masks score differently under each protocol (sizes, thresholds, empty truth, averages), so a number
-without its protocol's name means nothing. All shares are in 0..1; tables print them times 100.
+The same masks score differently under each protocol (sizes, thresholds, empty truth, averages), so
+a number without its protocol's name means nothing. All shares are in 0..1; tables print per cent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lcco.common import LCCoError, digest
-from lcco.data import VOID
+from lcco.common import VOID, LCCoError, digest
 
-ALARM = 0.01  # an image without the object is a false alarm when more than this share of it is predicted
+ALARM = 0.01  # a false alarm: more than this share of an image without the object is predicted
+
+Empty = Literal["zero", "one", "skip"]
 
 
 @dataclass(frozen=True)
@@ -36,22 +37,26 @@ class Counts:
         """P: correct over counted pixels; None when void covers the image."""
         return self.correct / self.pixels if self.pixels else None
 
-    def jaccard(self, empty: Literal["zero", "one", "skip"] = "zero") -> float | None:
-        """J: intersection over union; an empty truth gives 0, or 1 if nothing is predicted, or None (left out)."""
+    def jaccard(self, empty: Empty = "zero") -> float | None:
+        """J: intersection over union.
+
+        An empty truth gives 0, or 1 if nothing is predicted (`one`), or None: left out (`skip`).
+        """
         if self.truth:
             return self.inter / self.union
         return {"zero": 0.0, "one": float(not self.predicted), "skip": None}[empty]
 
 
 def count(pred: np.ndarray, truth: np.ndarray, ignore_void: bool = True) -> Counts:
-    """Compare a boolean mask [H, W] with a truth [H, W] of 0, 1 and 255 (void: ignored, or else background)."""
+    """Compare a boolean mask with a truth of 0, 1 and 255 (void: ignored, or else background).
+
+    Both are [H, W]. Raises: ValueError where their sizes differ.
+    """
     pred, on = np.asarray(pred, bool), np.asarray(truth) == 1
     if pred.shape != on.shape:
         raise ValueError(f"mask {pred.shape} and truth {on.shape} differ in size")
-    pixels = on.size
-    if ignore_void:
-        counted = np.asarray(truth) != VOID
-        pixels, pred = int(np.count_nonzero(counted)), pred & counted
+    counted = np.asarray(truth) != VOID if ignore_void else np.ones_like(pred)
+    pixels, pred = int(np.count_nonzero(counted)), pred & counted
     inter, predicted, real = (int(np.count_nonzero(x)) for x in (pred & on, pred, on))
     union = predicted + real - inter
     return Counts(inter, union, pixels - union + inter, pixels, predicted, real)
@@ -63,42 +68,44 @@ def pixel_accuracy(pred: np.ndarray, truth: np.ndarray, ignore_void: bool = True
 
 
 def jaccard(
-    pred: np.ndarray, truth: np.ndarray, ignore_void: bool = True, empty: Literal["zero", "one", "skip"] = "zero"
+    pred: np.ndarray, truth: np.ndarray, ignore_void: bool = True, empty: Empty = "zero"
 ) -> float | None:
     """J of one image: the foreground's intersection over union; `empty` as in `Counts.jaccard`."""
     return count(pred, truth, ignore_void).jaccard(empty)
 
 
 def resize_map(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A map of probabilities [h, w] brought to `size` (H, W) bilinearly (antialiased where it shrinks)."""
+    """A map [h, w] brought to `size` (H, W) bilinearly, antialiased where it shrinks."""
     if tuple(values.shape) == tuple(size):
         return values
     tensor = torch.from_numpy(np.ascontiguousarray(values, np.float32))[None, None]
-    return torch.nn.functional.interpolate(tensor, size, mode="bilinear", antialias=True)[0, 0].numpy()
+    resized = torch.nn.functional.interpolate(tensor, size, mode="bilinear", antialias=True)
+    return resized[0, 0].numpy()
 
 
 def resize_truth(truth: np.ndarray, side: int) -> np.ndarray:
-    """A truth squashed to side × side as the peers' code does: PIL's bilinear on 8-bit grey, then > 0.5; void is 0.
+    """A truth squashed to side × side as the peers' code does: PIL's bilinear on 8-bit grey, > 0.5.
 
-    Deviation: the peers resize the grey file itself; ours was binarised (> 127) before, which differs only in the
-    few grey levels of noise that a .jpg truth has.
+    truth: 0, 1 and 255 = void, which becomes background. Returns 0 and 1.
     """
     grey = Image.fromarray(np.where(truth == 1, 255, 0).astype(np.uint8))
     return (np.asarray(grey.resize((side, side), Image.Resampling.BILINEAR)) > 127).astype(np.uint8)
 
 
 def adaptive_threshold(values: np.ndarray, cap: float) -> float:
-    """min(mean + standard deviation, cap) of one map (population deviation; float64, so a constant map is exact)."""
+    """min(mean + standard deviation, cap) of one map: population deviation, in float64."""
     values = np.asarray(values, np.float64)
     return min(float(values.mean() + values.std()), cap)
 
 
-def consecutive_groups(indices: Sequence[int], n: int, repeat: bool = True) -> list[tuple[list[int], int]]:
-    """Cut a class into groups of n: pairs of the members and how many of them, from the first, are scored.
+def consecutive_groups(
+    indices: Sequence[int], n: int, repeat: bool = True
+) -> list[tuple[list[int], int]]:
+    """Cut a class into groups of n: pairs of the members and how many of them, first, are scored.
 
-    The remainder r stands first in its group and is completed with the first n − r of the class, which are not
-    scored again. In a class of fewer than n this repeats pictures inside the group, as the peers' code does (so it
-    has min(n, 2r) members); `repeat=False` takes each picture once, and the group is the whole class.
+    The remainder r stands first in its group and is completed with the first n − r of the class,
+    which are not scored again. In a class of fewer than n this repeats pictures, as the peers' code
+    does (the group has min(n, 2r) members); `repeat=False` takes each picture once.
     """
     indices = list(indices)
     r = len(indices) % n
@@ -117,19 +124,21 @@ def shuffled(indices: Sequence[int], seed: int, label: str) -> list[int]:
 
 @dataclass(frozen=True)
 class Protocol:
-    """How maps become scores: size, threshold, void, empty truth, groups and averages, under one name."""
+    """How maps become scores: size, threshold, void, empty truth, groups and averages."""
 
     name: str
-    size: int | None  # masks are compared at size × size, aspect ignored; None = each image's own size
-    threshold: float  # fixed; with `adaptive` the upper bound of mean + std of the map. Object: strictly above
+    size: int | None  # masks are compared at size × size, aspect ignored; None = each image's own
+    threshold: float  # of the object, strictly above; `adaptive`: the cap of mean + std of the map
     adaptive: bool
     ignore_void: bool  # False: void is background
-    empty: Literal["zero", "one", "skip"]  # J of an image without the object, see `Counts.jaccard`
+    empty: Empty  # J of an image without the object, see `Counts.jaccard`
     grouping: Literal["consecutive", "class", "seeded"]
     average: Literal["image", "class", "pooled"]  # of the headline P and J
 
-    def groups(self, indices: Sequence[int], n: int, seed: int, label: str) -> list[tuple[list[int], int]]:
-        """The groups of one class, whose images come sorted by name: see `consecutive_groups` for the form."""
+    def groups(
+        self, indices: Sequence[int], n: int, seed: int, label: str
+    ) -> list[tuple[list[int], int]]:
+        """The groups of one class, its images sorted by name: as of `consecutive_groups`."""
         if self.grouping == "class":
             return [(list(indices), len(indices))]
         if self.grouping == "seeded":
@@ -137,7 +146,7 @@ class Protocol:
         return consecutive_groups(indices, n)
 
     def truth(self, mask: np.ndarray) -> np.ndarray:
-        """A truth [H, W] of 0, 1, 255 at this protocol's size, with 255 only where void is ignored."""
+        """A truth [H, W] of 0, 1, 255 at this protocol's size, with 255 where void is ignored."""
         if self.size:
             return resize_truth(mask, self.size)
         return mask if self.ignore_void else np.where(mask == VOID, 0, mask)
@@ -145,62 +154,55 @@ class Protocol:
     def binarise(self, values: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
         """The boolean mask of a map [h, w] in 0..1, at the size `shape` of the prepared truth."""
         values = resize_map(np.asarray(values, np.float32), shape)
-        return values > (adaptive_threshold(values, self.threshold) if self.adaptive else self.threshold)
+        cap = self.threshold
+        return values > (adaptive_threshold(values, cap) if self.adaptive else cap)
 
     def row(self, key: str, label: str, counts: Counts) -> dict[str, Any]:
-        """One image's scores; `J_other` uses the other convention for an empty truth, `predicted` is a share."""
+        """One image's scores; `J_other` uses the other convention for an empty truth."""
+        other: Empty = "one" if self.empty == "zero" else "zero"
         return {
-            "key": key,
-            "class": label,
-            "P": counts.accuracy,
-            "J": counts.jaccard(self.empty),
-            "J_other": counts.jaccard("one" if self.empty == "zero" else "zero"),
-            "empty": not counts.truth,
-            "inter": counts.inter,
-            "union": counts.union,
-            "correct": counts.correct,
-            "pixels": counts.pixels,
+            "key": key, "class": label, "P": counts.accuracy, "J": counts.jaccard(self.empty),
+            "J_other": counts.jaccard(other), "empty": not counts.truth, "inter": counts.inter,
+            "union": counts.union, "correct": counts.correct, "pixels": counts.pixels,
             "predicted": counts.predicted / counts.pixels if counts.pixels else 0.0,
-        }
+        }  # fmt: skip
 
     def summarise(self, rows: Sequence[dict[str, Any]]) -> dict[str, float | int | None]:
-        """All averages of the rows; `P` and `J` are this protocol's own. None where no image counts.
+        """All averages of the rows; `P` and `J` are this protocol's own. None: no image counts.
 
-        `_image`: mean over images; `_class`: mean over classes of their image means; `_pooled`: pixels pooled over
-        a class, mean over classes. `J_other`: image mean with the other convention for an empty truth; `J_nonempty`:
-        image mean of those with the object; `false_alarms`: share of images without the object in which more than
-        1% is predicted; `empty_area`: mean predicted share of those.
+        `_image`: mean over images; `_class`: mean over classes of their image means; `_pooled`:
+        pixels pooled over a class, mean over classes. `J_other`: image mean with the other
+        convention for an empty truth; `J_nonempty`: image mean of those with the object. Of those
+        without: `false_alarms`, the share with more than 1% predicted, and the mean `empty_area`.
         """
         classes: dict[str, list[dict[str, Any]]] = {}
         for row in rows:
             classes.setdefault(row["class"], []).append(row)
         lacking = [r["predicted"] for r in rows if r["empty"]]
         out: dict[str, float | int | None] = {}
-        for m, inter, union in (("P", "correct", "pixels"), ("J", "inter", "union")):
+        for m, part, whole in (("P", "correct", "pixels"), ("J", "inter", "union")):
             out[f"{m}_image"] = _mean(r[m] for r in rows)
             out[f"{m}_class"] = _mean(_mean(r[m] for r in c) for c in classes.values())
-            sums = [(sum(r[inter] for r in c), sum(r[union] for r in c)) for c in classes.values()]
+            sums = [(sum(r[part] for r in c), sum(r[whole] for r in c)) for c in classes.values()]
             out[f"{m}_pooled"] = _mean(i / u if u else None for i, u in sums)
             out[m] = out[f"{m}_{self.average}"]
         return out | {
             "J_other": _mean(r["J_other"] for r in rows),
             "J_nonempty": _mean(r["J"] for r in rows if not r["empty"]),
             "false_alarms": _mean(float(share > ALARM) for share in lacking),
-            "empty_area": _mean(lacking),
-            "empty": len(lacking),
-            "images": len(rows),
+            "empty_area": _mean(lacking), "empty": len(lacking), "images": len(rows),
             "classes": len(classes),
-        }
+        }  # fmt: skip
 
 
-def _mean(values: Any) -> float | None:
+def _mean(values: Iterable[float | None]) -> float | None:
     """The mean of what is not None; None when nothing is left."""
     kept = [v for v in values if v is not None]
     return float(np.mean(kept)) if kept else None
 
 
-# `native` gives an image without the object J = 1 if nothing is predicted there (else 0), because only this convention
-# tells a right answer from a false alarm; its `J_other` is the peers' 0 and `J_nonempty` leaves such images out.
+# `native` gives an image without the object J = 1 if nothing is predicted there (else 0): only this
+# convention tells a right answer from a false alarm. `J_other` is then the peers' 0.
 PROTOCOLS: dict[str, Protocol] = {
     p.name: p
     for p in (
@@ -214,10 +216,7 @@ PROTOCOLS: dict[str, Protocol] = {
 
 
 def get_protocol(name: str) -> Protocol:
-    """The protocol of that name.
-
-    Raises: LCCoError naming the protocols there are.
-    """
+    """The protocol of that name. Raises: LCCoError naming the protocols there are."""
     if name not in PROTOCOLS:
         raise LCCoError(f"no protocol `{name}`; there are: {', '.join(PROTOCOLS)}")
     return PROTOCOLS[name]
