@@ -1,0 +1,229 @@
+"""A trained network with its frozen parts: masks of any set, and the model file."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lcco.backbones import about_start, read_about, read_tensors
+from lcco.common import LCCoError
+from lcco.config import TRAINING_VERSION, Experiment, validated
+from lcco.data import CoSegData
+from lcco.experiment.features import Features, make_features
+from lcco.model import LCCo, Output
+from lcco.semantics import Vocabulary, make_vocabulary
+from lcco.store import atomic_path
+
+# Settings that older model files name and that are constants now.
+OLD = {"tower": ("temperature", "top"), "model": ("heads",), "train": ("halve_every", "checkpoint")}
+
+
+def build_model(experiment: Experiment, features: Features, vocabulary: Vocabulary) -> LCCo:
+    """The network of an experiment, initialised from its seed alone."""
+    names = ("width", "isfc", "clip_interaction", "clip_regularization", "isfc_softmax")
+    names += ("placement", "strides", "modulation_residual", "mlp3", "mlp3_skip", "k")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(experiment.seed)
+        return LCCo(
+            backbone=features.backbone,
+            embedding_width=features.tower.width,
+            prompts=len(vocabulary.words),
+            logit_scale=features.tower.logit_scale,
+            **{name: getattr(experiment.model, name) for name in names},
+        ).to(memory_format=torch.channels_last)
+
+
+class Predictor:
+    """Masks of any set by a network and its frozen parts.
+
+    gt: "GT semantics", the true class replaces i* and the distilled prompts. k: distilled prompts,
+    if not the trained number. keep: keep what is computed of the pictures on disk (right for data
+    sets, wrong for pictures seen once). experiment: what made the network, if known.
+    """
+
+    def __init__(
+        self, model: LCCo, features: Features, vocabulary: Vocabulary, *, gt: bool = False,
+        k: int | None = None, keep: bool = True, experiment: Experiment | None = None,
+    ) -> None:  # fmt: skip
+        self.model, self.features, self.vocabulary = model, features, vocabulary
+        self.gt, self.k, self.keep, self.experiment = gt, k, keep, experiment
+
+    @torch.no_grad()
+    def output(
+        self, data: CoSegData, items: Sequence[int], cls: str | None = None,
+        return_maps: bool = False,
+    ) -> Output:  # fmt: skip
+        """The network's `Output` for one set of items. cls: the true class, used with `gt` only."""
+        device = next(self.model.parameters()).device
+        if device.type != torch.device(self.features.device).type:
+            device = torch.device(self.features.device)
+            self.model.to(device)
+        images, maps = self.features.visual(data, items, keep=self.keep)
+        target = None
+        if self.gt and cls is not None:
+            word = self.vocabulary.nearest(cls, self.features.tower)
+            target = torch.tensor([word], device=device)
+        training = self.model.training
+        self.model.eval()
+        with deterministic(threads_of(self.features)):
+            out = self.model(
+                None if images is None else images[None].to(device),
+                self.features.embeddings(data, items, keep=self.keep)[None].to(device),
+                self.vocabulary.embeddings.to(device),
+                maps=maps and [m[None].to(device).float() for m in maps],
+                target=target, k=self.k, return_maps=return_maps,
+            )  # fmt: skip
+        self.model.train(training)
+        return out
+
+    def __call__(self, data: CoSegData, items: Sequence[int], cls: str | None = None) -> np.ndarray:
+        """Mask probabilities [n, S, S] in 0..1 of one set of items."""
+        return self.output(data, items, cls).logits[0].float().sigmoid().cpu().numpy()
+
+    def words(self, out: Output, n: int = 5) -> list[tuple[str, float]]:
+        """The set's most likely words with their probabilities: Eq. 7's v, else by similarity."""
+        v = out.v
+        if v is None:
+            v = (out.similarity.mean(dim=1) * self.features.tower.logit_scale).softmax(dim=-1)
+        top = v[0].topk(min(n, v.shape[-1]))
+        pairs = zip(top.values, top.indices, strict=True)
+        return [(self.vocabulary.words[int(i)], float(p)) for p, i in pairs]
+
+
+def trained_state(model: LCCo) -> dict[str, Tensor]:
+    """All but the frozen backbone stages, which their own weights file holds."""
+    frozen = tuple(f"backbone.stages.{n}." for n in range(model.backbone.frozen_stages))
+    return {k: v for k, v in model.state_dict().items() if not (frozen and k.startswith(frozen))}
+
+
+def trained_on(experiment: Experiment) -> list[dict[str, Any]]:
+    """The data settings of every training behind a model: its own, and those of its starts."""
+    parts = [_data(experiment.data.model_dump(mode="json"))]
+    for start in (experiment.model.weights, experiment.train.start):
+        if about := about_start(start):
+            parts += [part for part in trained_on_of(about) if part not in parts]
+    return parts
+
+
+def trained_on_of(about: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The same of a model file; older ones list names of training sets alone."""
+    own = about["experiment"]["data"]
+    known = about.get("trained_on") or [own]
+    if isinstance(known[0], str):
+        known = [own | {"train": known}]
+    return [_data(part) for part in known]
+
+
+def _data(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: settings[k] for k in ("train", "holdout", "without", "counts") if settings.get(k)}
+
+
+def save_model(
+    path: Path, state: Mapping[str, Tensor], experiment: Experiment, features: Features,
+    vocabulary: Vocabulary, **about: Any,
+) -> None:  # fmt: skip
+    """Write a model file: tensors, and beside them what is needed to build the network again."""
+    from safetensors.torch import save_file
+
+    about |= {
+        "experiment": experiment.model_dump(mode="json"), "training_version": TRAINING_VERSION,
+        "vocabulary_hash": vocabulary.hash, "words": list(vocabulary.words),
+        "tower": features.tower.identity, "backbone": features.backbone.identity,
+        "trained_on": trained_on(experiment),
+    }  # fmt: skip
+    tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
+    with atomic_path(path) as part:
+        save_file(tensors, part, {"lcco": json.dumps(about, sort_keys=True)})
+
+
+def read_experiment(tree: Mapping[str, Any]) -> Experiment:
+    """The experiment in a model file or record; what older ones name and is constant now goes."""
+    tree = {k: dict(v) if isinstance(v, Mapping) else v for k, v in tree.items()}
+    for part, names in OLD.items():
+        for name in names:
+            tree.get(part, {}).pop(name, None)
+    return validated(Experiment, tree)
+
+
+def load_model(
+    path: str | Path, *, features: Features | None = None, vocabulary: Vocabulary | None = None,
+    device: str | None = None, changes: Mapping[str, Any] | None = None,
+) -> Predictor:  # fmt: skip
+    """The predictor in a model file. changes: settings to put over the stored ones.
+
+    Raises: Missing without the file; LCCoError where it is damaged, or where vocabulary, tower or
+    frozen backbone are not those that it was trained with.
+    """
+    about, changes = read_about(path), changes or {}
+    experiment = read_experiment(about["experiment"]).replace(changes)
+    features = features or make_features(experiment, device)
+    vocabulary = vocabulary or make_vocabulary(features.tower, experiment.tower)
+    check_words(path, about, experiment, vocabulary)
+    _check_parts(path, about, features, changes)
+    model = build_model(experiment, features, vocabulary)
+    state = {k: v.float() if v.is_floating_point() else v for k, v in read_tensors(path).items()}
+    if missing := set(trained_state(model)) - set(state):
+        what = f"{len(missing)} tensors missing, {min(missing)} first"
+        raise LCCoError(f"{path}: does not fit its own settings: {what}")
+    model.load_state_dict(state, strict=False)
+    return Predictor(model.eval(), features, vocabulary, experiment=experiment)
+
+
+def check_words(
+    path: str | Path, about: Mapping[str, Any], experiment: Experiment, vocabulary: Vocabulary
+) -> None:
+    """Raises: LCCoError where MLP3 is tied to another vocabulary than this one."""
+    m, then = experiment.model, about["vocabulary_hash"]
+    if m.clip_regularization and m.mlp3 == "vocabulary" and vocabulary.hash != then:
+        raise LCCoError(
+            f"{path}: trained with another vocabulary ({len(about['words'])} words, {then}) than "
+            f"`{experiment.tower.vocabulary}` ({len(vocabulary.words)} words, {vocabulary.hash}); "
+            "MLP3 is tied to the words and their order: use that vocabulary, or train again"
+        )
+
+
+def _check_parts(
+    path: str | Path, about: Mapping[str, Any], features: Features, changes: Iterable[str]
+) -> None:
+    parts = {"tower": features.tower.identity}
+    if features.backbone.frozen_stages:  # one that was trained whole is in the file
+        parts["backbone"] = features.backbone.identity
+    for part, now in parts.items():
+        asked = any(c.startswith("tower." if part == "tower" else "model.") for c in changes)
+        if not asked and about.get(part, now) != now:
+            raise LCCoError(
+                f"{path}: trained with another {part} ({about[part]}) than its settings give now "
+                f"({now}); put that {part}'s files back, or train again"
+            )
+
+
+def threads_of(features: Features) -> int:
+    """One where all but the decoder is frozen: it is small, and two runs then fit two cores."""
+    return 1 if features.backbone.frozen_stages == 4 else torch.get_num_threads()
+
+
+@contextlib.contextmanager
+def deterministic(threads: int) -> Iterator[None]:
+    """Same bits on the same machine's CPU: ordered sums in backward passes, a number of threads.
+
+    Not on a GPU, where ordered sums (of bilinear upsampling above all) multiply a step's time.
+    """
+    before = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
+    warn = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(not torch.cuda.is_available(), warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a tenth of a step's time
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=warn)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+        torch.set_num_threads(before[1])
