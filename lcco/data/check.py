@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lcco.common import VOID, LCCoError, file_digest, progress
+from lcco.common import VOID, LCCoError, few, file_digest, progress
 from lcco.data.coco import COCOData
 from lcco.data.load import ICOSEG8, INTERNET3, MSRC7, open_folder
 from lcco.data.overlap import near_pairs, picture_hash
@@ -261,7 +261,7 @@ def _duplicates(
 ) -> None:
     def several(items: Sequence[int]) -> tuple[str, str]:
         first, *others = (data.keys[i] for i in items)
-        return first, "= " + ", ".join(others)
+        return first, f"= {few(others)}"
 
     same: dict[str, list[int]] = defaultdict(list)
     for i, s in enumerate(seen):
@@ -271,8 +271,14 @@ def _duplicates(
     table.report("note", "duplicate file", twice)
     one = [items[0] for items in same.values() if seen[items[0]].hash]
     hashes = [seen[i].hash for i in one]
-    near = [several((one[a], one[b])) for a, b in near_pairs(hashes, hashes) if a < b]
-    table.report("note", "near duplicate", near)
+    first: dict[int, int] = {}  # a near duplicate → the first of its kind
+    for a, b in near_pairs(hashes, hashes):
+        first.setdefault(one[b], first.get(one[a], one[a]))
+    near: dict[int, list[int]] = defaultdict(list)
+    for i, leader in first.items():
+        near[leader].append(i)
+    alike = [several(sorted(items)) for items in near.values() if len(items) > 1]
+    table.report("note", "near duplicate", alike)
     if training is not None:
         hashed = [i for i, s in enumerate(seen) if s.hash]
         pairs = dict(near_pairs([seen[i].hash for i in hashed], training.hashes()))

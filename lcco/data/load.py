@@ -9,7 +9,16 @@ from lcco.common import LCCoError, Missing, place
 from lcco.data.coco import COCO_MIN_AREA, COCO_MIN_IMAGES, COCOData
 from lcco.data.overlap import overlap
 from lcco.data.pictures import same_name
-from lcco.data.sets import LAYOUTS, SIDES, CoSegData, FolderData, VOCData, folders_in, joined
+from lcco.data.sets import (
+    LAYOUTS,
+    SIDES,
+    CoSegData,
+    FolderData,
+    VOCData,
+    folders_in,
+    joined,
+    read_lines,
+)
 
 MSRC7 = ("bird", "car", "cat", "cow", "dog", "plane", "sheep")
 ICOSEG8 = (
@@ -137,8 +146,7 @@ def _fold(data: CoSegData, file: Path, name: str) -> CoSegData:
     if not file.is_file():
         raise LCCoError(f"data `{name}`: no list {file} (one `class/stem` a line)")
     number = {key: i for i, key in enumerate(data.keys)}
-    lines = (line.strip() for line in file.read_text(encoding="utf-8-sig").split("\n"))
-    keys = [same_name(line) for line in lines if line]
+    keys = [same_name(line.strip()) for line in read_lines(file)]
     for key in keys:
         if key not in number:
             raise LCCoError(f"{file}: `{key}` has no image in {file.parent}")

@@ -103,8 +103,8 @@ def _orientation(image: Image.Image) -> int:
 
 def _decoded(path: Path, side: int | None = None) -> Image.Image:
     """The first frame as stored, upright. side: as of `read_picture`."""
-    try:
-        with Image.open(path) as image:
+    try:  # given a path, Pillow 13 maps some turned TIFFs (grey, 16 bit) with sides swapped
+        with open(path, "rb") as file, Image.open(file) as image:
             if side:
                 image.draft(None, (side, side))  # JPEG decodes at 1/2, 1/4 or 1/8
             image.load()  # Pillow turns a TIFF here and takes its tag away: ask for it afterwards

@@ -69,6 +69,15 @@ def facts(kind: str, paths: Sequence[Path], compute: Callable[[Path], Any], what
     return kept(place("cache") / f"{kind}-{stamp}.json", make) if paths else []
 
 
+def read_lines(file: Path) -> list[str]:
+    """The lines of a list that are not blank. Raises: LCCoError for a file that is no UTF-8."""
+    try:
+        lines = file.read_text(encoding="utf-8-sig").split("\n")  # names may hold other separators
+    except (OSError, UnicodeDecodeError) as error:
+        raise LCCoError(f"{file}: cannot be read ({error}); save it as UTF-8") from None
+    return [line for line in lines if line.strip()]
+
+
 # ------------------------------------------------------------------------------------------- sets
 class CoSegData:
     """A set of pictures with masks, sorted into groups that share a class. Readers subclass it.
@@ -454,10 +463,8 @@ class VOCData(CoSegData):
         if not file.is_file():
             raise LCCoError(f"data `{self.name}`: no list {file}")
         lines: dict[str, str] = {}
-        for line in file.read_text(encoding="utf-8-sig").split("\n"):
-            if not line.strip():
-                continue
-            key = self._key(line.rstrip("\r"))
+        for line in read_lines(file):
+            key = self._key(line)
             if key in lines:
                 two = f"`{lines[key].strip()}` and `{line.strip()}` are one picture; take one out"
                 self.faults.append(("two of one name", key, f"{file}: {two}"))
