@@ -1,33 +1,31 @@
-"""A segmenter over a data set under named protocols → per-image scores and averages; the choice and absent tests."""
+"""A segmenter on a data set: scores under the named protocols, the choice test and mixed sets."""
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import islice
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from lcco.common import LCCoError, progress, write_json
-from lcco.data import CoSegData, near_pairs
-from lcco.metrics import Counts, Protocol, consecutive_groups, count, get_protocol, shuffled
+from lcco.common import LCCoError, progress
+from lcco.data.sets import CoSegData
+from lcco.metrics import Protocol, consecutive_groups, count, get_protocol, shuffled
 
-# (data, items of one set, the class they are scored for — only "GT semantics" may look at it) → one map an item, in
-# 0..1, [h, w] of any size. The same item may stand twice in a set (see `consecutive_groups`).
+# (data, items of one set, the class they are scored for, which only "GT semantics" may look at)
+# → one map an item in 0..1, [h, w] of any size. An item may stand twice in a set.
 Segmenter = Callable[[CoSegData, list[int], str], Sequence[np.ndarray]]
-
-CHOICE = {"choice": "native", "choice-ufo": "ufo"}  # the choice test's protocol names → size, threshold, void
+CHOICE = {"choice": "native", "choice-ufo": "ufo"}  # the choice test's size, threshold and void
 LEAST = 0.01  # choice: an object counts from this share of the image on
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one segmenter scored on one set under one protocol; shares in 0..1, None where no image counts.
+    """What one segmenter scored on one set under one protocol; shares in 0..1, None if no image.
 
-    `rows` (by class, then key): see `Protocol.row`. `summary`: see `Protocol.summarise`, with `groups`, the sets run.
+    `rows`: see `Protocol.row`; `summary`: `Protocol.summarise`, and `groups`, the sets that ran.
     """
 
     data: str
@@ -36,282 +34,214 @@ class Evaluation:
     group_size: int  # ignored by the protocols that take a whole class
     seed: int
     summary: dict[str, Any]
-    rows: list[dict[str, Any]] = field(repr=False)
-
-    def to_json(self, path: Path) -> None:
-        """Write the evaluation, whole or not at all."""
-        write_json(Path(path), asdict(self))
-
-    @classmethod
-    def from_json(cls, path: Path) -> Evaluation:
-        """Read what `to_json` wrote. Raises: LCCoError naming a missing or damaged file."""
-        try:
-            return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            raise LCCoError(f"{path}: no such evaluation") from None
-        except (ValueError, TypeError):
-            raise LCCoError(f"{path}: damaged evaluation; delete it and evaluate again") from None
+    rows: list[dict[str, Any]] = field(repr=False)  # by class, then key
 
 
-def evaluate(
-    segment: Segmenter, data: CoSegData, protocol: str, group_size: int = 5, seed: int = 0, what: str = "evaluating"
-) -> Evaluation:
-    """Score a segmenter on every class of a set under one protocol (see `evaluate_all`)."""
-    return evaluate_all(segment, data, [protocol], group_size, seed, what)[protocol]
+def evaluate_all(segment: Segmenter, data: CoSegData, protocols: Sequence[str],
+                 group_size: int = 5, seed: int = 0) -> dict[str, Evaluation]:  # fmt: skip
+    """Score a segmenter under several protocols, with one pass for those that share their groups.
 
-
-def evaluate_all(
-    segment: Segmenter,
-    data: CoSegData,
-    protocols: Sequence[str],
-    group_size: int = 5,
-    seed: int = 0,
-    what: str = "evaluating",
-) -> dict[str, Evaluation]:
-    """Score a segmenter under several protocols at once, with one pass for those that share their groups.
-
-    One truth is decoded once, and the truths of one class alone are held. The order of the listing does not count:
-    the images of a class are sorted by key. `seed` draws the groups of `native`; `what` labels the progress.
-    Raises: LCCoError for an unknown protocol, a set without images, a group size below 1, or maps that are no
-    probabilities.
+    The images of a class are sorted by key; `seed` draws the groups of `native`.
+    Raises: LCCoError for an unknown protocol, no images, or maps that are not in 0..1.
     """
-    chosen = [get_protocol(name) for name in dict.fromkeys(protocols)]
-    classes = _classes(data, group_size)
-    kinds: dict[str, list[Protocol]] = {}
-    for protocol in chosen:
-        kinds.setdefault(protocol.grouping, []).append(protocol)
-    plan = [
-        (label, kind, members, new)
-        for label, items in classes.items()
-        for kind, sharing in kinds.items()
-        for members, new in sharing[0].groups(items, group_size, seed, label)
-    ]
-    rows: dict[str, list[dict[str, Any]]] = {p.name: [] for p in chosen}
-    truths = Truths(data)
-    for label, kind, members, new in progress(plan, f"{what} {data.name}"):
-        maps = _maps(segment, data, members, label)
-        for i, values in list(zip(members, maps, strict=True))[:new]:
-            for p in kinds[kind]:
-                rows[p.name].append(p.row(data.keys[i], label, _score(p, values, truths(i, label))))
-    groups = {kind: sum(k == kind for _, k, _, _ in plan) for kind in kinds}
-    return {p.name: _evaluation(data, p, p.name, group_size, seed, rows[p.name], groups[p.grouping]) for p in chosen}
+    scorer = _Scorer(segment, data, group_size, seed)
+    chosen = {name: get_protocol(name) for name in protocols}
+    sets = []
+    for label, items in scorer.classes.items():
+        for kind in dict.fromkeys(p.grouping for p in chosen.values()):
+            names = [name for name, p in chosen.items() if p.grouping == kind]
+            groups = chosen[names[0]].groups(items, group_size, seed, label)
+            sets += [_Set(label, members, range(new), names) for members, new in groups]
+    return scorer.score(sets, chosen)
 
 
-# ------------------------------------------------------------------------------------------------- does the set decide?
-def evaluate_choice(
-    segment: Segmenter, data: CoSegData, group_size: int = 5, seed: int = 0, what: str = "group choice"
-) -> dict[str, Evaluation]:
-    """Score pictures that hold two classes, each in a set of either class: only the set tells what is asked for.
+def evaluate_choice(segment: Segmenter, data: CoSegData, group_size: int = 5,
+                    seed: int = 0) -> dict[str, Evaluation]:  # fmt: skip
+    """Score pictures that hold two classes, each in a set of either class: does the set decide?
 
-    A picture counts when two classes cover at least 1% of it each (its two largest are taken): one image with two
-    labels (VOC, COCO, GlyphWorld), or the same file in two classes' folders (PASCAL1037). Its `group_size` − 1 mates
-    hold the wanted class, and not the other as long as there are such pictures; at least one must be, or the picture
-    is skipped. All is drawn by `seed`.
+    A picture counts when two classes cover at least 1% of it each (its two largest are taken): one
+    image with two labels, or the same picture in two classes' folders. Its `group_size` − 1 mates
+    show the wanted class, and not the other while there are such pictures; with none of those the
+    picture is skipped. All is drawn by `seed`.
 
-    Returns: `choice` (native size, threshold 0.5) and `choice-ufo` (224 px, adaptive threshold). A row is one mask:
-    beside `Protocol.row`, `other`, `leak` (J of that mask with the other class), `decides` (J > leak), `picture`,
-    `mates`, `clean_mates`; and of the picture's two masks together `J_same` (what the better of them scores as the
-    answer to both sets) and `agreement` (their IoU). The summary adds the means `leak`, `decides`, `J_same`,
-    `agreement`, `gain` = J − J_same, and `pictures`, `skipped`, `clean_mates` (share). Whoever ignores the set gives
-    one mask twice: agreement 1, gain 0, and J at most 0.5, because J(M, a) + J(M, b) ≤ 1 for disjoint a and b.
+    Returns: `choice` (native size, threshold 0.5) and `choice-ufo` (224 px, adaptive threshold). A
+    row is one mask: beside `Protocol.row`, `other`, `leak` (its J with the other class), `decides`
+    (J > leak) and `picture`; and of the picture's two masks `J_same` (what the better one scores as
+    the answer to both sets) and `agreement` (their IoU). The summary has their means, `gain` = J −
+    J_same, `pictures`, `skipped`, and `clean_mates` (share). A model that ignores the set gives one
+    mask twice: agreement 1, gain 0, and J at most 0.5, as J(M, a) + J(M, b) ≤ 1 for disjoint a, b.
     Raises: LCCoError when no picture offers a choice.
     """
     if group_size < 2:
         raise LCCoError(f"the choice test needs sets of 2 or more, not {group_size}")
-    holds, labels, truths = _pictures(data, _classes(data, group_size)), {}, Truths(data)
-    for picture, items in holds.items():
-        labels[picture] = frozenset(items).union(*(data.labels_of(i) for i in items.values()))
-    plan: list[tuple[str, tuple[str, str], list[list[int]], list[int]]] = []
-    skipped = 0
-    for picture, items in holds.items():
-        if len(items) < 2:
-            continue
-        areas = sorted(((-truths.area(i, c), c) for c, i in items.items()))[:2]
-        if areas[1][0] > -LEAST:
-            continue
-        pair = (areas[0][1], areas[1][1])
-        sets, clean = [], []
-        for wanted, other in (pair, pair[::-1]):
-            mates = shuffled([p for p in holds if wanted in holds[p] and p != picture], seed, f"{picture} {wanted}")
-            mates = [p for p in mates if other not in labels[p]] + [p for p in mates if other in labels[p]]
-            kept: list[str] = []
-            for p in mates:  # a folder may hold images without its object
-                if len(kept) < group_size - 1 and truths.area(holds[p][wanted], wanted):
-                    kept.append(p)
-            sets.append([items[wanted], *(holds[p][wanted] for p in kept)])
-            clean.append(sum(other not in labels[p] for p in kept))
-        if min(clean):
-            plan.append((picture, pair, sets, clean))
-        else:
-            skipped += 1
+    scorer = _Scorer(segment, data, group_size, seed)
+    plan, skipped = scorer.choices()
     if not plan:
-        raise LCCoError(f"data `{data.name}` offers no choice: no picture holds two classes that other pictures show")
+        raise LCCoError(f"data `{data.name}` has no picture of two classes that others show")
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in CHOICE}
-    for picture, pair, sets, clean in progress(plan, f"{what} {data.name}"):
-        maps = [_maps(segment, data, members, c)[0] for members, c in zip(sets, pair, strict=True)]
-        truth = [truths(members[0], c) for members, c in zip(sets, pair, strict=True)]
+    for one in progress(plan, f"choice test on {data.name}"):
+        maps = [scorer.maps(s, c)[0] for s, c in zip(one.sets, one.pair, strict=True)]
         for name, base in CHOICE.items():
-            p = get_protocol(base)
-            ready = [p.truth(t) for t in truth]
-            masks = [p.binarise(values, ready[0].shape) for values in maps]
-            counts = [[count(m, t, p.ignore_void) for t in ready] for m in masks]  # mask of one set, truth of a class
-            J = [[c.jaccard(p.empty) for c in line] for line in counts]
-            same = max((line[0] + line[1]) / 2 for line in J)
-            agreement = count(masks[0], masks[1]).jaccard("one")
-            for n, wanted in enumerate(pair):
-                rows[name].append(p.row(data.keys[sets[n][0]], wanted, counts[n][n]) | {
-                    "other": pair[1 - n], "leak": J[n][1 - n], "decides": J[n][n] > J[n][1 - n], "picture": picture,
-                    "mates": len(sets[n]) - 1, "clean_mates": clean[n], "J_same": same, "agreement": agreement,
-                })  # fmt: skip
+            rows[name] += scorer.choice_rows(get_protocol(base), one, maps)
+    clean = sum(sum(one.clean) for one in plan) / sum(len(s) - 1 for one in plan for s in one.sets)
     out = {}
     for name, base in CHOICE.items():
-        ev = _evaluation(data, get_protocol(base), name, group_size, seed, rows[name], 2 * len(plan))
-        mean = {k: float(np.mean([r[k] for r in rows[name]])) for k in ("leak", "decides", "J_same", "agreement")}
-        ev.summary.update(mean, gain=ev.summary["J_image"] - mean["J_same"], pictures=len(plan), skipped=skipped)
-        ev.summary["clean_mates"] = sum(r["clean_mates"] for r in ev.rows) / sum(r["mates"] for r in ev.rows)
-        out[name] = ev
+        out[name] = scorer.evaluation(name, get_protocol(base), rows[name], 2 * len(plan))
+        summary = out[name].summary
+        for key in ("leak", "decides", "J_same", "agreement"):
+            summary[key] = float(np.mean([row[key] for row in out[name].rows]))
+        summary |= {"pictures": len(plan), "skipped": skipped, "clean_mates": clean}
+        summary["gain"] = summary["J_image"] - summary["J_same"]
     return out
 
 
-# -------------------------------------------------------------------------------------------- images without the object
-def evaluate_absent(
-    segment: Segmenter,
-    data: CoSegData,
-    absent: Sequence[int] = (0, 1, 2, 3),
-    group_size: int = 5,
-    seed: int = 0,
-    protocol: str = "native",
-    what: str = "mixed sets",
-) -> dict[int, Evaluation]:
-    """Score mixed sets, in which k images of the set are intruders that lack the object, for each k in `absent`.
+def evaluate_absent(segment: Segmenter, data: CoSegData, absent: Sequence[int] = (0, 1, 2, 3),
+                    group_size: int = 5, seed: int = 0,
+                    protocol: str = "native") -> dict[int, Evaluation]:  # fmt: skip
+    """Score mixed sets, in which k images are intruders that lack the object, for k in `absent`.
 
-    The sets are the seeded groups of `native` among the images that show the class; for k = 1, 2, … ever more of
-    their last members give way to intruders (the same ones, plus one), and the order is shuffled. An intruder comes
-    from another class and no picture that holds the class, by label or as the same file in its folder, may be one;
-    what a folder set does not label cannot be known. At least two images of a set keep the object, or there is
-    nothing common: smaller sets are left out for that k.
+    The sets are the seeded groups of `native` among the images that show the class; the last k give
+    way to intruders (for k + 1 the same ones, plus one), and the order is shuffled. No label and no
+    folder says that an intruder holds the class. Sets with fewer than two other images are left out.
 
-    Returns: k → Evaluation with protocol `absent-k`, whose rows are the scored images and (`empty`) the intruders.
-    The curve is summary `false_alarms` (share of the intruders with more than 1% predicted), `empty_area` (their
-    mean predicted share) and `J_nonempty` (of the images with the object) over `absent` = k.
-    Raises: LCCoError for a k that leaves fewer than two images, or a class that every picture holds.
+    Returns: k → Evaluation with protocol `absent-k`, whose rows are the scored images and (`empty`)
+    the intruders; see its summary's `false_alarms`, `empty_area` and `J_nonempty`.
+    Raises: LCCoError for a k that leaves no two images, or a class that too few pictures lack.
     """
     if not absent or min(absent) < 0 or max(absent) > group_size - 2:
-        raise LCCoError(f"absent {list(absent)}: a set of {group_size} can lack the object in 0 to {group_size - 2}")
-    p, classes, truths = get_protocol(protocol), _classes(data, group_size), Truths(data)
-    holds = _pictures(data, classes)
-    plan: list[tuple[int, str, list[int], set[int]]] = []
-    for label, items in classes.items():
-        pool = [
-            next(iter(own.values())) for own in holds.values()
-            if label not in own and not any(label in data.labels_of(i) for i in own.values())
-        ]  # fmt: skip
-        if len(pool) < max(absent):
-            raise LCCoError(f"data `{data.name}`: {len(pool)} pictures lack `{label}`, {max(absent)} are needed")
-        showing = shuffled([i for i in items if truths.area(i, label)], seed, label)
-        for n, (members, new) in enumerate(consecutive_groups(showing, group_size, repeat=False)):
-            intruders = shuffled(pool, seed, f"{label} {n}")[: max(absent)]
-            for k in sorted(set(absent)):
-                if len(members) - k < 2:
-                    continue
-                mixed = members[: len(members) - k] + intruders[:k]
-                scored = set(mixed[:new]) | set(intruders[:k])
-                plan.append((k, label, shuffled(mixed, seed, f"{label} {n} {k}"), scored))
-    if not plan:
-        raise LCCoError(f"data `{data.name}`: no class has two images with its object beside {min(absent)} without")
-    rows: dict[int, list[dict[str, Any]]] = {k: [] for k in sorted(set(absent))}
-    for k, label, members, scored in progress(plan, f"{what} {data.name}"):
-        for i, values in zip(members, _maps(segment, data, members, label), strict=True):
-            if i in scored:
-                rows[k].append(p.row(data.keys[i], label, _score(p, values, truths(i, label))))
-    out = {}
-    for k, own in rows.items():
-        sets = sum(entry[0] == k for entry in plan)
-        out[k] = _evaluation(data, p, f"absent-{k}", group_size, seed, own, sets)
-        out[k].summary.update(absent=k, share=k / group_size)
-    return out
+        raise LCCoError(f"absent {list(absent)}: must be 0 to {group_size - 2} of {group_size}")
+    scorer, ks = _Scorer(segment, data, group_size, seed), sorted(set(absent))
+    sets = scorer.mixed_sets(ks)
+    if not sets:
+        raise LCCoError(f"data `{data.name}`: no class has sets of two beside {ks[0]} intruders")
+    found = scorer.score(sets, {f"absent-{k}": get_protocol(protocol) for k in ks})
+    for k in ks:
+        found[f"absent-{k}"].summary.update(absent=k, share=k / group_size)
+    return {k: found[f"absent-{k}"] for k in ks}
 
 
-# -------------------------------------------------------------------------------------------- pictures seen in training
-def refuse_overlap(training: CoSegData | Collection[int], test: CoSegData, allow_overlap: bool = False) -> int:
-    """Count the test images that training has seen (by picture), print it, and refuse a test that holds any.
-
-    training: the set, or the `hashes()` of it that a run recorded. Returns: the number of test images seen.
-    Raises: LCCoError with the count, unless `allow_overlap`.
-    """
-    hashes = training.hashes() if isinstance(training, CoSegData) else list(training)
-    seen = len({j for _, j in near_pairs(hashes, test.hashes())}) if hashes and len(test) else 0
-    print(f"{test.name}: {seen} of {len(test)} images are in the training data", file=sys.stderr, flush=True)
-    if seen and not allow_overlap:
-        raise LCCoError(
-            f"data `{test.name}`: the model was trained on {seen} of its {len(test)} images; "
-            "test on other pictures, or give --allow-overlap"
-        )
-    return seen
+class _Set(NamedTuple):
+    label: str
+    members: list[int]
+    scored: Sequence[int]  # positions in `members`
+    names: Sequence[str]  # of the evaluations that take them
 
 
-# --------------------------------------------------------------------------------------------------------------- inside
-class Truths:
-    """The truths of one class at a time, each decoded once while its class lasts, and every area seen so far."""
-
-    def __init__(self, data: CoSegData) -> None:
-        self.data, self.label = data, ""
-        self.held: dict[int, np.ndarray] = {}
-        self.areas: dict[tuple[int, str], float] = {}
-
-    def __call__(self, i: int, label: str) -> np.ndarray:
-        """uint8 [H, W] of 0, 1, 255: the truth of item i for a class."""
-        if label != self.label:
-            self.label, self.held = label, {}
-        if i not in self.held:
-            self.held[i] = self.data.mask(i, [label])
-        return self.held[i]
-
-    def area(self, i: int, label: str) -> float:
-        """The share of item i that the class covers."""
-        if (i, label) not in self.areas:
-            self.areas[i, label] = float(np.mean(self.data.mask(i, [label]) == 1))
-        return self.areas[i, label]
+class _Choice(NamedTuple):
+    picture: str
+    pair: tuple[str, str]
+    sets: list[list[int]]  # one that asks for each class of the pair; the picture's item first
+    clean: list[int]  # how many mates of each set do not show the other class
 
 
-def _classes(data: CoSegData, group_size: int) -> dict[str, list[int]]:
-    """The classes by name, each with its items sorted by key."""
-    if group_size < 1:
-        raise LCCoError(f"a group needs at least 1 image, not {group_size}")
-    classes = {c: sorted(data.groups[c], key=data.keys.__getitem__) for c in sorted(data.groups) if data.groups[c]}
-    if not classes:
-        raise LCCoError(f"data `{data.name}` has no images to evaluate")
-    return classes
+class _Scorer:
+    """A segmenter and a set; `classes` by name, each with its items sorted by key."""
 
+    def __init__(self, segment: Segmenter, data: CoSegData, group_size: int, seed: int) -> None:
+        if group_size < 1:
+            raise LCCoError(f"a group needs at least 1 image, not {group_size}")
+        self.segment, self.data, self.group_size, self.seed = segment, data, group_size, seed
+        items = {c: sorted(data.groups[c], key=data.keys.__getitem__) for c in sorted(data.groups)}
+        self.classes = {c: own for c, own in items.items() if own}
+        if not self.classes:
+            raise LCCoError(f"data `{data.name}` has no images to evaluate")
+        self.truth = lru_cache(512)(lambda i, label: data.mask(i, [label]))
+        self.area = lambda i, label: float(np.mean(self.truth(i, label) == 1))
 
-def _pictures(data: CoSegData, classes: dict[str, list[int]]) -> dict[str, dict[str, int]]:
-    """Picture (its content hash) → class → the item that shows the picture as that class, in order of first key."""
-    data.digest()  # hashes all files at once, in threads
-    holds: dict[str, dict[str, int]] = {}
-    for i, label in sorted(((i, c) for c, items in classes.items() for i in items), key=lambda x: data.keys[x[0]]):
-        holds.setdefault(data.content(i), {}).setdefault(label, i)
-    return holds
+    def maps(self, members: list[int], label: str) -> list[np.ndarray]:
+        """The segmenter's maps; what is not one map of probabilities an image is refused."""
+        maps = [np.asarray(m, np.float32) for m in self.segment(self.data, list(members), label)]
+        keys = [self.data.keys[i] for i in members]
+        if len(maps) != len(keys) or any(m.ndim != 2 for m in maps):
+            raise LCCoError(f"{keys[0]}: the segmenter must give one [h, w] map an image")
+        for key, m in zip(keys, maps, strict=True):
+            if not (m.min() >= -1e-4 and m.max() <= 1 + 1e-4):  # NaN passes neither comparison
+                raise LCCoError(f"{key}: the segmenter's map has {m.min()} to {m.max()}, not 0..1")
+        return maps
 
+    def score(self, sets: list[_Set], protocols: Mapping[str, Protocol]) -> dict[str, Evaluation]:
+        rows: dict[str, list[dict[str, Any]]] = {name: [] for name in protocols}
+        for one in progress(sets, f"scoring {self.data.name}"):
+            maps = self.maps(one.members, one.label)
+            for at in one.scored:
+                i = one.members[at]
+                for name in one.names:
+                    p = protocols[name]
+                    ready = p.truth(self.truth(i, one.label))
+                    counts = count(p.binarise(maps[at], ready.shape), ready, p.ignore_void)
+                    rows[name].append(p.row(self.data.keys[i], one.label, counts))
+        return {
+            name: self.evaluation(name, p, rows[name], sum(name in one.names for one in sets))
+            for name, p in protocols.items()
+        }
 
-def _maps(segment: Segmenter, data: CoSegData, members: list[int], label: str) -> list[np.ndarray]:
-    """Ask the segmenter; what is not one map of probabilities an image must not become a score."""
-    maps = [np.asarray(m, np.float32) for m in segment(data, list(members), label)]
-    if len(maps) != len(members) or any(m.ndim != 2 for m in maps):
-        raise LCCoError(f"{data.keys[members[0]]}: the segmenter must give one [h, w] map for each of {len(members)}")
-    for i, m in zip(members, maps, strict=True):
-        low, high = m.min(), m.max()  # NaN passes neither comparison
-        if not (low >= -1e-4 and high <= 1 + 1e-4):
-            raise LCCoError(f"{data.keys[i]}: the segmenter's map runs from {low} to {high}, not within 0..1")
-    return maps
+    def evaluation(self, name: str, p: Protocol, rows: list[dict], sets: int) -> Evaluation:
+        rows = sorted(rows, key=lambda r: (r["class"], r["key"]))
+        about = self.data.name, self.data.digest(), name, self.group_size, self.seed
+        return Evaluation(*about, p.summarise(rows) | {"groups": sets}, rows)
 
+    def pictures(self) -> tuple[dict[str, dict[str, int]], dict[str, set[str]]]:
+        """Picture (content hash) → class → the item that shows it as that class; and its labels."""
+        self.data.digest()  # hashes all files at once, in threads
+        holds: dict[str, dict[str, int]] = {}
+        pairs = [(i, c) for c, items in self.classes.items() for i in items]
+        for i, label in sorted(pairs, key=lambda pair: self.data.keys[pair[0]]):
+            holds.setdefault(self.data.content(i), {}).setdefault(label, i)
+        labels = {p: set(o).union(*map(self.data.labels_of, o.values())) for p, o in holds.items()}
+        return holds, labels
 
-def _score(p: Protocol, values: np.ndarray, truth: np.ndarray) -> Counts:
-    ready = p.truth(truth)
-    return count(p.binarise(values, ready.shape), ready, p.ignore_void)
+    def choices(self) -> tuple[list[_Choice], int]:
+        """The pictures that offer a choice; and how many are skipped for want of a clean mate."""
+        (holds, labels), found = self.pictures(), []
+        for picture, own in holds.items():
+            areas = sorted((-self.area(i, c), c) for c, i in own.items()) if len(own) > 1 else []
+            if not areas or areas[1][0] > -LEAST:
+                continue
+            pair = (areas[0][1], areas[1][1])
+            sets, clean = [], []
+            for wanted, other in (pair, pair[::-1]):
+                mates = [p for p in holds if wanted in holds[p] and p != picture]
+                mates = shuffled(mates, self.seed, f"{picture} {wanted}")
+                mates.sort(key=lambda p: other in labels[p])  # stable
+                shown = (p for p in mates if self.area(holds[p][wanted], wanted))
+                kept = list(islice(shown, self.group_size - 1))
+                sets.append([own[wanted], *(holds[p][wanted] for p in kept)])
+                clean.append(sum(other not in labels[p] for p in kept))
+            found.append(_Choice(picture, pair, sets, clean))
+        plan = [one for one in found if min(one.clean)]
+        return plan, len(found) - len(plan)
 
+    def choice_rows(self, p: Protocol, one: _Choice, maps: list[np.ndarray]) -> list[dict]:
+        """The two rows of a picture: the mask that each of its sets asked for."""
+        keys = [self.data.keys[members[0]] for members in one.sets]
+        ready = [p.truth(self.truth(s[0], c)) for s, c in zip(one.sets, one.pair, strict=True)]
+        masks = [p.binarise(values, ready[0].shape) for values in maps]
+        counts = [[count(m, t, p.ignore_void) for t in ready] for m in masks]  # a mask, a truth
+        J = [[c.jaccard(p.empty) for c in line] for line in counts]
+        agreement = count(masks[0], masks[1]).jaccard("one")
+        same = max(sum(line) / 2 for line in J)
+        both = {"picture": one.picture, "J_same": same, "agreement": agreement}
+        rows = [p.row(keys[n], one.pair[n], counts[n][n]) | both for n in (0, 1)]
+        for n, row in enumerate(rows):
+            leak = J[n][1 - n]
+            row.update(other=one.pair[1 - n], leak=leak, decides=J[n][n] > leak)
+        return rows
 
-def _evaluation(
-    data: CoSegData, p: Protocol, name: str, group_size: int, seed: int, rows: list[dict[str, Any]], groups: int
-) -> Evaluation:
-    rows = sorted(rows, key=lambda r: (r["class"], r["key"]))
-    return Evaluation(data.name, data.digest(), name, group_size, seed, p.summarise(rows) | {"groups": groups}, rows)
+    def mixed_sets(self, ks: list[int]) -> list[_Set]:
+        (holds, labels), sets = self.pictures(), []
+        for label, items in self.classes.items():
+            pool = [next(iter(own.values())) for p, own in holds.items() if label not in labels[p]]
+            if len(pool) < ks[-1]:
+                few = f"{len(pool)} pictures lack `{label}`, {ks[-1]} are needed"
+                raise LCCoError(f"data `{self.data.name}`: {few}")
+            shown = shuffled([i for i in items if self.area(i, label)], self.seed, label)
+            groups = consecutive_groups(shown, self.group_size, repeat=False)
+            for n, (members, new) in enumerate(groups):
+                intruders = shuffled(pool, self.seed, f"{label} {n}")[: ks[-1]]
+                for k in (k for k in ks if len(members) - k >= 2):
+                    mixed = members[: len(members) - k] + intruders[:k]
+                    scored = {*mixed[:new], *intruders[:k]}
+                    mixed = shuffled(mixed, self.seed, f"{label} {n} {k}")
+                    places = [at for at, i in enumerate(mixed) if i in scored]
+                    sets.append(_Set(label, mixed, places, [f"absent-{k}"]))
+        return sets
