@@ -1,11 +1,20 @@
 """GlyphWorld: glyphs exist, drawings are the same every time, folds keep their promises."""
 
+import hashlib
+
 import numpy as np
 import pytest
 
-from lcco.common import LCCoError
+from lcco.common import LCCoError, digest
 from lcco.data import load_data
-from lcco.glyphworld import CLASSES, TEST_CLASSES, TRAIN_CLASSES, draw, glyphworld
+from lcco.data.glyphworld import (
+    CLASSES,
+    TEST_CLASSES,
+    TRAIN_CLASSES,
+    VERSION,
+    draw,
+    glyphworld,
+)
 
 
 def test_every_class_is_its_own_glyph_of_the_font():
@@ -38,11 +47,33 @@ def test_drawing_depends_on_its_arguments_alone():
     (a, la), (b, lb), (c, lc) = (draw(["heart", "sun"], seed) for seed in ((4, 2), (4, 2), 5))
     assert np.array_equal(a, b) and np.array_equal(la, lb)
     assert not np.array_equal(la, lc) and not np.array_equal(a, c)
-    assert a.mode == "RGB" and a.size == (128, 128) and la.dtype == np.uint8 and la.shape == (128, 128)
+    assert (
+        a.mode == "RGB" and a.size == (128, 128) and la.dtype == np.uint8 and la.shape == (128, 128)
+    )
     names = list(CLASSES)
     assert set(np.unique(la)) == {0, names.index("heart") + 1, names.index("sun") + 1}
     _, small = draw(["heart", "sun"], (4, 2), 64)  # the same scene, half the size
     assert small.shape == (64, 64) and (small != la[::2, ::2]).mean() < 0.06
+
+
+@pytest.mark.parametrize(
+    ("fold", "manifest", "groups", "drawings"),
+    [
+        ("pretrain", "ae7b6ed2bc48", "312f615c0cca", "dad6a1405c90"),
+        ("train", "e4cd8f107441", "2147b011bcb5", "b9a2dd23f6a8"),
+        ("holdout", "effdc51c6fc3", "aa37943444be", "364b3a0e9c62"),
+        ("test", "6909ff73fe7b", "ad464be95a62", "6384af026ea3"),
+        ("choice", "0d74ed143ed6", "3ee9a4afbefe", "979ea434c49b"),
+    ],
+)
+def test_the_drawings_are_those_of_version_1(fold, manifest, groups, drawings):
+    """Raise VERSION with any change here: results and shipped weights hang on these pictures."""
+    data, found = glyphworld(fold), hashlib.sha256()
+    for i in range(0, len(data), len(data) // 5):
+        found.update(np.asarray(data.image(i)).tobytes() + data.labels(i).tobytes())
+    assert VERSION == 1 and data.digest() == manifest
+    assert digest({c: list(items) for c, items in data.groups.items()}) == groups
+    assert found.hexdigest()[:12] == drawings
 
 
 def test_objects_stand_off_the_background_and_are_mostly_seen():
@@ -51,7 +82,10 @@ def test_objects_stand_off_the_background_and_are_mostly_seen():
         picture, labels = draw(["anchor", "cat", "gear"], seed)
         assert len(np.unique(labels)) == 4
         x = np.asarray(picture, float) @ (0.299, 0.587, 0.114)
-        contrast += [abs(np.median(x[labels == k]) - np.median(x[labels == 0])) for k in np.unique(labels)[1:]]
+        contrast += [
+            abs(np.median(x[labels == k]) - np.median(x[labels == 0]))
+            for k in np.unique(labels)[1:]
+        ]
     assert np.quantile(contrast, 0.1) > 35  # of 255
 
 
@@ -105,7 +139,9 @@ def test_the_set_interface():
     assert data.name == "glyphworld_test" and data.layout == "glyphworld"
     assert np.array_equal(data.image(7), glyphworld("test").image(7))
     assert data.digest() == glyphworld("test").digest() != glyphworld("choice").digest()
-    assert data.content(3) != data.content(4) and data.content(3) != glyphworld("test", size=64).content(3)
+    assert data.content(3) != data.content(4) and data.content(3) != glyphworld(
+        "test", size=64
+    ).content(3)
     part = data.subset([5, 30, 31], "part")
     assert np.array_equal(part.image(1), data.image(30)) and part.content(2) == data.content(31)
     picture = data.image(0)
@@ -114,7 +150,10 @@ def test_the_set_interface():
 
 
 def test_folds_share_no_picture():
-    contents = [{d.content(i) for i in range(len(d))} for d in map(glyphworld, ("train", "holdout", "pretrain"))]
+    contents = [
+        {d.content(i) for i in range(len(d))}
+        for d in map(glyphworld, ("train", "holdout", "pretrain"))
+    ]
     assert all(not (a & b) for i, a in enumerate(contents) for b in contents[:i])
 
 

@@ -44,7 +44,8 @@ def _read(path: Path) -> np.ndarray:
         ("g8.png", GREY), ("g16.png", GREY.astype(np.uint16) * 257),
         ("g16.tif", GREY.astype(np.uint16) * 257), ("g12.png", GREY.astype(np.uint16) * 16),
         ("of8in16.png", GREY.astype(np.uint16)), ("signed.tif", GREY.astype(np.int32) * 257),
-        ("float.tif", GREY.astype(np.float32) / 255), ("range.tif", GREY.astype(np.float32) * 9 - 99),
+        ("float.tif", GREY.astype(np.float32) / 255),
+        ("range.tif", GREY.astype(np.float32) * 9 - 99),
     ],
 )  # fmt: skip
 def test_depths_are_the_same_picture(tmp_path: Path, name: str, values: np.ndarray) -> None:
@@ -94,7 +95,9 @@ def test_colours_of_16_bits(tmp_path: Path) -> None:
     rows = b"".join(b"\0" + row.tobytes() for row in wide)
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     head = struct.pack(">IIBBBBB", 48, 32, 16, 2, 0, 0, 0)
     whole = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
@@ -143,7 +146,9 @@ def test_other_formats_and_first_frames(tmp_path: Path, ending: str) -> None:
     more = {"save_all": True, "append_images": [Image.new("RGB", (48, 32), "red")]}
     kinds = {".gif": more, ".webp": more | {"lossless": True}, ".avif": {"quality": 95}}
     frames[0].save(file, **kinds.get(ending, {}))
-    assert np.abs(_read(file).astype(int) - COLOUR).mean() < (8 if ending in (".gif", ".avif") else 1)
+    assert np.abs(_read(file).astype(int) - COLOUR).mean() < (
+        8 if ending in (".gif", ".avif") else 1
+    )
 
 
 # -------------------------------------------------------------------------------------- orientation
@@ -189,7 +194,7 @@ def test_broken_exif_leaves_the_picture(tmp_path: Path) -> None:
     assert _read(tmp_path / "a.jpg").shape == (32, 48, 3)
 
 
-# --------------------------------------------------------------------------------- arrays and errors
+# -------------------------------------------------------------------------------- arrays and errors
 def test_arrays(tmp_path: Path) -> None:
     for array in (GREY, GREY[..., None], GREY / 255, GREY.astype(np.uint16) * 257):
         assert np.array_equal(np.asarray(to_rgb(array))[..., 0], GREY)
@@ -208,7 +213,8 @@ def test_errors_are_one_line_that_names_the_file(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"no picture")
     (tmp_path / "none.tif").unlink()
     words = {"half.jpg": "corrupt picture .*replace the file", "text.png": "corrupt picture",
-             "photo.heic": "HEIC is not supported; export it as JPEG", "none.tif": "no such file"}  # fmt: skip
+             "photo.heic": "HEIC is not supported; export it as JPEG",
+             "none.tif": "no such file"}  # fmt: skip
     for name, word in words.items():
         with pytest.raises(LCCoError, match=f"{name}: {word}") as caught:
             read_picture(tmp_path / name)
@@ -271,7 +277,7 @@ def test_what_is_no_picture(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
 
 @settings(max_examples=60, deadline=None)
 @given(
-    mode=st.sampled_from(["1", "L", "P", "RGB", "RGBA", "LA", "CMYK", "YCbCr", "I;16", "I", "F", "PA"]),
+    mode=st.sampled_from("1 L P RGB RGBA LA CMYK YCbCr I;16 I F PA".split()),
     ending=st.sampled_from(["png", "tif", "jpg", "webp", "gif", "bmp", "jp2"]),
     size=st.tuples(st.integers(1, 40), st.integers(1, 40)),
     orientation=st.integers(0, 9),
@@ -294,7 +300,9 @@ def test_any_mode_is_read_like_its_viewer_or_named(mode, ending, size, orientati
     exif[0x0112] = orientation
     try:
         more = {"exif": exif, "lossless": True} if ending in ("png", "tif", "webp", "jpg") else {}
-        stored.save(file, {"tif": "TIFF", "jpg": "JPEG", "jp2": "JPEG2000"}.get(ending, ending), **more)
+        stored.save(
+            file, {"tif": "TIFF", "jpg": "JPEG", "jp2": "JPEG2000"}.get(ending, ending), **more
+        )
     except (OSError, ValueError, KeyError):
         return  # Pillow does not write it
     import tempfile
