@@ -94,7 +94,8 @@ def voc(
 ) -> Path:
     """`tmp/VOCdevkit/VOC2012`: image k shows class `classes[k % len]` at BOX.
 
-    Each odd image also shows class `second` at SECOND (where it is not that class already). A 1 px frame of void surrounds BOX."""
+    Each odd image also shows class `second` at SECOND, where it is not that class already. A frame
+    of void, 1 px wide, surrounds BOX."""
     root = Path(tmp) / "VOCdevkit" / "VOC2012"
     for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
         (root / folder).mkdir(parents=True, exist_ok=True)

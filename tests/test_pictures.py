@@ -27,6 +27,7 @@ from lcco.data.pictures import (
     to_rgb,
 )
 
+MODES = ("1", "L", "P", "RGB", "RGBA", "LA", "CMYK", "YCbCr", "I;16", "I", "F", "PA")
 GREY = np.arange(32 * 48, dtype=np.uint8).reshape(32, 48)
 COLOUR = np.asarray(drawn.picture(1))
 
@@ -277,7 +278,7 @@ def test_what_is_no_picture(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
 
 @settings(max_examples=60, deadline=None)
 @given(
-    mode=st.sampled_from("1 L P RGB RGBA LA CMYK YCbCr I;16 I F PA".split()),
+    mode=st.sampled_from(MODES),
     ending=st.sampled_from(["png", "tif", "jpg", "webp", "gif", "bmp", "jp2"]),
     size=st.tuples(st.integers(1, 40), st.integers(1, 40)),
     orientation=st.integers(0, 9),

@@ -870,7 +870,8 @@ JSON = st.recursive(
     max_leaves=6,
 )
 FIELDS = {"images": ["id", "file_name", "width", "height"], "categories": ["id", "name"],
-          "annotations": "id image_id category_id segmentation area iscrowd".split()}  # fmt: skip
+          "annotations": [
+              "id", "image_id", "category_id", "segmentation", "area", "iscrowd"]}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
