@@ -10,7 +10,7 @@ from PIL import Image
 
 from lcco.common import LCCoError
 from lcco.data import CoSegData, load_data
-from lcco.evaluate import Evaluation, evaluate, evaluate_absent, evaluate_all, evaluate_choice, refuse_overlap
+from lcco.experiment.evaluate import evaluate_absent, evaluate_all, evaluate_choice
 from lcco.metrics import PROTOCOLS
 
 torch.set_num_threads(1)
@@ -39,14 +39,18 @@ class Toy(CoSegData):
         seed = int(hashlib.sha256(self.keys[i].encode()).hexdigest()[:8], 16)
         return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (64, 64, 3), np.uint8))
 
-    def _contents(self, items):
-        return [hashlib.sha256(self.keys[i].encode()).hexdigest()[:16] for i in items]
+    def content(self, i):
+        return hashlib.sha256(self.keys[i].encode()).hexdigest()[:16]
 
     def mask(self, i, classes):
         self.decoded.append((i, *classes))
         out = np.isin(self.labels[i], [CLASSES.index(c) + 1 for c in classes]).astype(np.uint8)
         out[self.labels[i] == 255] = 255
         return out
+
+
+def evaluate(segment, data, protocol, group_size=5, seed=0):
+    return evaluate_all(segment, data, [protocol], group_size, seed)[protocol]
 
 
 def relisted(toy: Toy) -> Toy:
@@ -153,6 +157,43 @@ def test_order_of_the_listing_changes_nothing():
         assert {k: v.summary for k, v in mine.items()} == {k: v.summary for k, v in theirs.items()}
 
 
+def test_a_class_without_pictures_and_images_without_their_object():
+    labels = {"a/1": bar(0, 0), "a/2": bar(0, 0), "b/1": 2 * bar(0, 1 / 2)}
+    toy = Toy(labels, {"a": ["a/1", "a/2"], "b": ["b/1"]})
+    toy.groups = {**toy.groups, "c": ()}
+    asked = []
+
+    def segment(data, items, cls):
+        asked.append(cls)
+        return [bar(0, 1 / 2 if cls == "b" or i else 0) for i in items]
+
+    got = evaluate_all(segment, toy, list(PROTOCOLS))
+    assert "c" not in asked
+    J = {name: [r["J"] for r in e.rows] for name, e in got.items()}  # nothing, half and the object
+    assert J["native"] == [1, 0, 1] and J["segswap"] == [None, None, 1]
+    for name in ("ufo", "ssnm", "pooled"):  # 12 px do not become 224 px exactly
+        assert J[name] == pytest.approx([0, 0, 1], abs=0.06)
+    assert [r["J_other"] for r in got["ufo"].rows] == [1, 0, 1]
+    assert got["segswap"].summary["J"] == 1  # the mean over the classes that have a score
+    assert got["pooled"].summary["J"] == pytest.approx(0.5, abs=0.03)
+    assert got["pooled"].summary["classes"] == 2
+    assert got["native"].summary["false_alarms"] == 0.5 and got["native"].summary["empty"] == 2
+
+
+def test_set_sizes_at_the_edge():
+    toy = Toy({f"a/{n}": bar(0, 1 / 2) for n in range(3)})
+    calls = []
+
+    def segment(data, items, cls):
+        calls.append(list(items))
+        return [bar(0, 1 / 2)] * len(items)
+
+    for size, sets in ((1, [[0], [1], [2]]), (3, [[0, 1, 2]]), (5, [[0, 1, 2, 0, 1]])):
+        calls.clear()
+        got = evaluate(segment, toy, "ufo", size)
+        assert calls == sets and got.summary["images"] == 3 and got.group_size == size
+
+
 def test_seed_draws_the_groups_of_native():
     toy = Toy({f"a/{n:02}": bar(0, 1 / 2) for n in range(12)})
     seen = {}
@@ -203,25 +244,13 @@ def test_jpeg_truth(tmp_path, monkeypatch):
     assert got["ufo"].summary["J"] > 0.985
 
 
-def test_json_round_trip(tmp_path):
-    toy, answers = five()
-    got = evaluate(lambda data, items, cls: [answers[data.keys[i]] for i in items], toy, "segswap")
-    got.to_json(tmp_path / "e.json")
-    assert Evaluation.from_json(tmp_path / "e.json") == got
-    (tmp_path / "e.json").write_text((tmp_path / "e.json").read_text()[:99])
-    with pytest.raises(LCCoError, match="damaged"):
-        Evaluation.from_json(tmp_path / "e.json")
-    with pytest.raises(LCCoError, match="no such"):
-        Evaluation.from_json(tmp_path / "f.json")
-
-
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (lambda items: [bar(0, 1) * 7.5 for _ in items], "a/1: .* 7.5 to 7.5"),
+        (lambda items: [bar(0, 1) * 7.5 for _ in items], "a/1: .* 7.5 to 7.5, not 0..1"),
         (lambda items: [np.full((2, 2), np.nan) for _ in items], "nan"),
-        (lambda items: [bar(0, 1)], "one .* map for each of 3"),
-        (lambda items: [np.zeros((1, 2, 2)) for _ in items], "one .* map for each of 3"),
+        (lambda items: [bar(0, 1)], "one .* map an image"),
+        (lambda items: [np.zeros((1, 2, 2)) for _ in items], "one .* map an image"),
     ],
 )
 def test_what_is_no_probability_is_refused(answer, message):
@@ -297,6 +326,66 @@ def test_one_mask_for_both_sets_scores_half_at_most():
         assert s["J"] <= 0.5 and s["gain"] == pytest.approx(0) and s["agreement"] == 1
 
 
+def test_the_better_of_two_different_masks_is_j_same():
+    """Asked for a: a alone. Asked for b: b and half of a. Masks, areas and scores all differ."""
+
+    def segment(data, items, cls):
+        mask = bar(0, 1 / 3) if cls == "a" else bar(0, 1 / 6) + bar(3 / 4, 1)
+        return [mask] * len(items)
+
+    got = evaluate_choice(segment, two_classes())["choice"]
+    # a 48 px, b 36 px. Mask for a: J(a) 1, J(b) 0. Mask for b, 24 + 36 px: J(a) 24 / 84, J(b) 36 / 60
+    by_class = {r["class"]: r for r in got.rows}
+    assert (by_class["a"]["J"], by_class["a"]["leak"]) == (1, 0)
+    assert (by_class["b"]["J"], by_class["b"]["leak"]) == pytest.approx((36 / 60, 24 / 84))
+    same = max((1 + 0) / 2, (36 / 60 + 24 / 84) / 2)
+    assert {r["J_same"] for r in got.rows} == {same} == {0.5}
+    assert got.summary["gain"] == pytest.approx((1 + 36 / 60) / 2 - same)
+    assert got.summary["agreement"] == pytest.approx(24 / 84)
+
+    def other(data, items, cls):  # now the mask for b serves both sets better than the one for a
+        mask = bar(0, 1 / 4) if cls == "a" else bar(0, 1 / 3) + bar(3 / 4, 1)
+        return [mask] * len(items)
+
+    got = evaluate_choice(other, two_classes())["choice"]
+    assert {r["J_same"] for r in got.rows} == {(48 / 84 + 36 / 84) / 2}
+    wins = {r["class"]: r["decides"] for r in got.rows}
+    assert wins == {"a": True, "b": False}  # 36 / 84 for b is less than 48 / 84 for a
+
+
+def test_a_mask_that_suits_both_classes_alike_does_not_decide():
+    both = bar(0, 1 / 4) + 2 * bar(3 / 4, 1)
+    labels = {"p/1": both} | {f"q/{c}": v * bar(0, 1 / 2) for c, v in (("a", 1), ("b", 2))}
+    got = evaluate_choice(lambda d, items, c: [np.ones((2, 2))] * len(items), Toy(labels))["choice"]
+    assert [(r["J"], r["leak"], r["decides"]) for r in got.rows] == [(1 / 4, 1 / 4, False)] * 2
+
+
+def test_choice_takes_the_two_largest_of_three_objects_and_counts_from_a_hundredth():
+    side = 20  # 400 px: 4 px are a hundredth
+    three = bar(0, 1 / 2, side) + 2 * bar(1 / 2, 3 / 4, side)
+    three[:4, 19] = 3
+    labels = {"p/1": three} | {f"q/{c}": v * bar(0, 1, side) for c, v in zip("abc", (1, 2, 3), strict=True)}
+    got = evaluate_choice(common, Toy(labels))["choice"]
+    assert {(r["class"], r["other"]) for r in got.rows} == {("a", "b"), ("b", "a")}
+    three[three == 2] = 0
+    pairs = evaluate_choice(common, Toy(labels))["choice"].rows  # c's 4 px are just enough
+    assert {(r["class"], r["other"]) for r in pairs} == {("a", "c"), ("c", "a")}
+    three[0, 19] = 0
+    with pytest.raises(LCCoError, match="no picture of two classes"):
+        evaluate_choice(common, Toy(labels))
+
+
+def test_a_mate_without_its_object_is_passed_over_and_the_picture_skipped_if_none_is_left():
+    toy = Toy(
+        {"a/p": bar(0, 1 / 3) + 2 * bar(3 / 4, 1), "a/empty": bar(0, 0), "b/q": 2 * bar(0, 1 / 2)},
+        {"a": ["a/p", "a/empty"], "b": ["a/p", "b/q"]},
+    )
+    with pytest.raises(LCCoError, match="no picture of two classes"):
+        evaluate_choice(common, toy)
+    toy.labels[1][:] = bar(0, 1 / 2)
+    assert evaluate_choice(common, toy)["choice"].summary["skipped"] == 0
+
+
 def test_choice_mates():
     toy, calls = two_classes(extra=2), []
 
@@ -320,7 +409,7 @@ def test_choice_mates():
 
 
 def test_choice_needs_a_choice():
-    with pytest.raises(LCCoError, match="offers no choice"):  # nothing else shows b, so no set could ask for it
+    with pytest.raises(LCCoError, match="no picture of two classes"):  # nothing else shows b, so no set could ask for it
         evaluate_choice(common, Toy({"p/1": bar(0, 1 / 3) + 2 * bar(3 / 4, 1), "q/a": bar(0, 1 / 2)}))
     with pytest.raises(LCCoError, match="2 or more"):
         evaluate_choice(common, two_classes(), group_size=1)
@@ -328,7 +417,7 @@ def test_choice_needs_a_choice():
     for label in speck.labels[:2]:
         label[label == 2] = 0
         label[0, 11] = 2  # 1 of 144 pixels is less than 1%
-    with pytest.raises(LCCoError, match="offers no choice"):
+    with pytest.raises(LCCoError, match="no picture of two classes"):
         evaluate_choice(common, speck)
     speck.labels[1][:] = bar(0, 1 / 3) + 2 * bar(3 / 4, 1)
     assert evaluate_choice(common, speck)["choice"].summary["pictures"] == 1
@@ -403,7 +492,7 @@ def test_absent_by_hand():
 def test_absent_limits():
     toy = two_classes()
     for bad in ((4,), (-1,), ()):
-        with pytest.raises(LCCoError, match="0 to 3"):
+        with pytest.raises(LCCoError, match="0 to 3 of 5"):
             evaluate_absent(salient, toy, bad)
     with pytest.raises(LCCoError, match="0 pictures lack `a`, 1 are needed"):
         evaluate_absent(salient, Toy({f"a/{n}": bar(0, 1 / 2) for n in range(6)}), (1,))
@@ -411,18 +500,3 @@ def test_absent_limits():
     small = Toy({f"{c}/{n}": value * bar(0, 1 / 2) for c, value in (("a", 1), ("b", 2)) for n in "12"})
     got = evaluate_absent(salient, small, (0, 1))
     assert got[0].summary["images"] == 4 and got[1].summary["images"] == 0 and got[1].summary["J"] is None
-
-
-# ------------------------------------------------------------------------------------------------- pictures of training
-def test_overlap_is_counted_and_refused(capsys):
-    toy = Toy({f"a/{n}": bar(0, 1 / 2) for n in range(6)})
-    training, clean = toy.subset([0, 1, 2, 3], "training"), toy.subset([4, 5], "clean")
-    test = toy.subset([2, 3, 4], "test")
-    with pytest.raises(LCCoError, match="`test`: the model was trained on 2 of its 3 images"):
-        refuse_overlap(training, test)
-    assert "test: 2 of 3 images are in the training data" in capsys.readouterr().err
-    assert refuse_overlap(training, test, allow_overlap=True) == 2
-    assert refuse_overlap(training.hashes(), test, allow_overlap=True) == 2  # what a run records will do
-    assert refuse_overlap(training, clean) == 0
-    assert "clean: 0 of 2 images" in capsys.readouterr().err
-    assert refuse_overlap([], test) == 0
