@@ -460,6 +460,10 @@ def _same_annotation_id(document: dict) -> None:
     document["annotations"][1]["id"] = 1
 
 
+def _same_category_id(document: dict) -> None:
+    document["categories"][1]["id"] = 1
+
+
 def _same_file(document: dict) -> None:
     document["images"][1]["file_name"] = document["images"][0]["file_name"]
 
@@ -476,6 +480,7 @@ def _outlines_in_shares(document: dict) -> None:
         (_same_annotation_id, r"annotation id 1 twice \(000000000000.jpg and 000000000001.jpg\)"),
         (_same_file, "image 0 and image 1 are both 000000000000.jpg"),
         (_outlines_in_shares, "3 of 4 pictures looked at have no object pixel|4 of 4"),
+        (_same_category_id, r"category id 1 twice \(cat and dog\)"),
         (lambda x: x.pop("categories"), "not a COCO instances file .no list `categories`"),
         (lambda x: x.update(categories=[]), "no category with an id and a name"),
         (lambda x: x.update(annotations={}), "no list `annotations`"),
@@ -496,9 +501,10 @@ def test_coco_files_that_are_refused_in_one_line(tmp_path: Path, change, words: 
     [
         ({"segmentation": []}, "no segmentation"), ({"segmentation": None}, "no segmentation"),
         ({"segmentation": [10, 5, 80, 5, 80, 85]}, "flat segmentation"),
-        ({"segmentation": [[10, 5, 80, 5]]}, "fewer than 3 points"),
-        ({"segmentation": [["a"] * 6]}, "fewer than 3 points"),
+        ({"segmentation": [[10, 5, 80, 5]]}, "without 3 points"),
+        ({"segmentation": [["a"] * 6]}, "without 3 points"),
         ({"segmentation": "x"}, "of kind str"),
+        ({"segmentation": [[0, 0, 1e12, 0, 1e12, 1e12]]}, "without 3 points"),
         ({"segmentation": {"size": [9, 12], "counts": [108]}}, "run lengths of size"),
         ({"segmentation": {"size": [90, 120], "counts": [5]}}, "do not fill the image"),
         ({"segmentation": {"size": [90, 120]}}, "no run lengths"),
@@ -533,6 +539,8 @@ def test_odd_entries_that_can_be_read_are(tmp_path: Path) -> None:
         first["segmentation"].append([1, 2, 3, 4])
         for entry in document["annotations"]:
             entry["image_id"] = str(entry["image_id"])
+            entry["category_id"] = float(entry["category_id"])
+            entry["iscrowd"] = str(entry["iscrowd"])
 
     file, _ = _document(_with(root, change))
     file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())  # a byte order mark
@@ -541,7 +549,7 @@ def test_odd_entries_that_can_be_read_are(tmp_path: Path) -> None:
     assert all(np.array_equal(data.mask(i, ["cat"]), plain.mask(i, ["cat"])) for i in range(3))
     notes = " ".join(text for status, _, text in data.problems if status == "note")
     assert "area is '5600', its mask's 5600 px" in notes and "ids are text" in notes
-    assert "fewer than 3 points; its others are read" in notes
+    assert "without 3 points in the image; its others are read" in notes
 
 
 def test_coco_run_lengths_read_as_polygons_do(tmp_path: Path) -> None:

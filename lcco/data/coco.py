@@ -19,7 +19,9 @@ from lcco.data.sets import CoSegData, facts
 
 COCO_MIN_AREA = 4000  # COCO-SEG: an image counts for a category by one instance of more pixels
 COCO_MIN_IMAGES = 100  # COCO-SEG: categories with fewer such images are dropped
-PROBED = 200  # annotations that are decoded at once, to see that they are not all empty
+PROBED = 200  # pictures whose outlines are decoded at once, to see that they are not all empty
+FAR = 100_000  # pixels: no picture is as wide, and no outline goes there
+_ONE = {"images": "image", "categories": "category", "annotations": "annotation"}
 
 
 @dataclass(frozen=True)
@@ -58,66 +60,69 @@ class _Object:
 
 
 class _Document:
-    """An instances file, read entry by entry; what cannot be used is a row of `problems`."""
+    """An instances file, read entry by entry.
+
+    problems: (status, entry, why) of what cannot be used or is odd; faults: as of `CoSegData`.
+    """
 
     def __init__(self, file: Path) -> None:
         self.file, self.problems, self.faults = file, [], []
         self.images: dict[str, _Image] = {}
+        self.categories: dict[str, str] = {}
         self.objects: dict[str, list[_Object]] = defaultdict(list)
+        self._pictures: dict[str, str] = {}  # annotation → its picture
         try:
             document = json.loads(file.read_text(encoding="utf-8-sig"))
-        except ValueError as error:
-            raise self._refuse(str(error)[:80]) from None
-        for part in ("images", "categories", "annotations"):
-            if not (isinstance(document, dict) and isinstance(document.get(part), list)):
-                raise self._refuse(f"no list `{part}`")
-        for entry in document["images"]:
-            self._image(entry)
-        self.categories = {
-            str(c["id"]): str(c["name"]).strip()
-            for c in document["categories"]
-            if isinstance(c, dict) and "id" in c and c.get("name")
-        }
+        except (OSError, ValueError, RecursionError) as error:
+            raise self._refused(str(error)[:80]) from None
+        parts = {"images": self._image, "categories": self._category, "annotations": self._object}
+        for part, read in parts.items():
+            entries = document.get(part) if isinstance(document, dict) else None
+            if not isinstance(entries, list):
+                raise self._refused(f"no list `{part}`")
+            for n, entry in enumerate(entries, 1):
+                entry = entry if isinstance(entry, dict) else {}
+                key = _key(entry.get("id"))
+                read(entry, key, f"{_ONE[part]} {f'no. {n} of the list' if key is None else key}")
         if not self.categories:
-            raise self._refuse("no category with an id and a name")
-        ids: dict[str, str] = {}
-        for n, entry in enumerate(document["annotations"]):
-            self._annotation(n, entry, ids)
+            raise self._refused("no category with an id and a name")
 
-    def _refuse(self, why: str) -> LCCoError:
+    def _refused(self, why: str) -> LCCoError:
         return LCCoError(f"{self.file}: not a COCO instances file ({why}); export it again")
 
     def _problem(self, item: str, why: str, status: str = "error") -> None:
         self.problems.append((status, item, why))
 
-    def _image(self, entry: Any) -> None:
-        entry = entry if isinstance(entry, dict) else {}
-        key, name = str(entry.get("id")), entry.get("file_name")
-        size = [entry.get("width"), entry.get("height")]
-        if entry.get("id") is None or not isinstance(name, str) or not name:
-            self._problem(f"image {key}", f"no {'file_name' if 'id' in entry else 'id'}")
-        elif not all(isinstance(v, (int, float)) and v >= 1 and v == int(v) for v in size):
-            self._problem(f"image {key}", f"{name}: no width and height in whole pixels")
+    def _twice(self, item: str, one: str, other: str) -> None:
+        told = f"{item.replace(' ', ' id ', 1)} twice ({one} and {other}); export it again"
+        self.faults.append(("id twice", item, f"{self.file}: {told}"))
+
+    def _image(self, entry: dict, key: str | None, item: str) -> None:
+        name, size = entry.get("file_name"), [entry.get("width"), entry.get("height")]
+        if key is None or not isinstance(name, str) or not name:
+            self._problem(item, "no id" if key is None else "no file_name")
+        elif not all(isinstance(v, (int, float)) and 1 <= v < FAR and v == int(v) for v in size):
+            self._problem(item, f"{name}: no width and height in whole pixels")
         elif key in self.images:
-            self._fault("image", key, self.images[key].name, name)
+            self._twice(item, self.images[key].name, name)
         else:
             self.images[key] = _Image(same_name(name.replace("\\", "/")), *map(int, size))
 
-    def _fault(self, what: str, key: str, one: str, other: str) -> None:
-        told = f"{self.file}: {what} id {key} twice ({one} and {other}); export it again"
-        self.faults.append(("id twice", f"{what} {key}", told))
+    def _category(self, entry: dict, key: str | None, item: str) -> None:
+        name = str(entry.get("name") or "").strip()
+        if key is None or not name:
+            self._problem(item, "no id" if key is None else "no name")
+        elif self.categories.setdefault(key, name) != name:
+            self._twice(item, self.categories[key], name)
 
-    def _annotation(self, n: int, entry: Any, ids: dict[str, str]) -> None:
-        entry = entry if isinstance(entry, dict) else {}
-        number = entry.get("id")
-        item = f"annotation {f'no. {n + 1} of the list' if number is None else number}"
-        image, category = str(entry.get("image_id")), str(entry.get("category_id"))
+    def _object(self, entry: dict, key: str | None, item: str) -> None:
+        image, category = _key(entry.get("image_id")), _key(entry.get("category_id"))
         if image not in self.images:
-            return self._problem(item, f"image {image} is not in the file")
+            return self._problem(item, f"image {image} is not in the file, or cannot be used")
         picture = self.images[image]
-        if number is not None and str(number) in ids:
-            return self._fault("annotation", str(number), ids[str(number)], picture.name)
-        ids[str(number)] = picture.name
+        if key is not None and key in self._pictures:
+            return self._twice(item, self._pictures[key], picture.name)
+        self._pictures[key or item] = picture.name
         if category not in self.categories:
             return self._problem(item, f"{picture.name}: category {category} is not in the file")
         outline, why = _outline(entry.get("segmentation"), picture)
@@ -128,7 +133,7 @@ class _Document:
             return None
         if any(isinstance(entry.get(k), str) for k in ("id", "image_id", "category_id")):
             self._problem(item, f"{picture.name}: ids are text; read as they stand", "note")
-        area, crowd = entry.get("area"), bool(entry.get("iscrowd"))
+        area, crowd = entry.get("area"), entry.get("iscrowd") in (1, "1")
         found = _Object(item, self.categories[category], outline, area, crowd)
         if not isinstance(area, (int, float)) or not area > 0:
             try:
@@ -138,6 +143,12 @@ class _Document:
             self._problem(item, f"{picture.name}: area is {area!r}, its mask's {size} px", "note")
             found = replace(found, area=size)
         return self.objects[image].append(found)
+
+
+def _key(value: Any) -> str | None:
+    """An id by which entries find each other: 7, 7.0 and "7" are one."""
+    whole = isinstance(value, float) and value.is_integer()
+    return None if value is None else str(int(value) if whole else value)
 
 
 def _outline(found: Any, image: _Image) -> tuple[Any, str]:
@@ -160,13 +171,14 @@ def _outline(found: Any, image: _Image) -> tuple[Any, str]:
         return None, "a flat segmentation; it must be a list of polygons"
     good = [p for p in found if _is_polygon(p)]
     bad = len(found) - len(good)
-    return good or None, f"{bad} polygon{'s'[: bad > 1]} of fewer than 3 points" if bad else ""
+    return good or None, f"{bad} of its polygons without 3 points in the image" if bad else ""
 
 
 def _is_polygon(points: Any) -> bool:
     try:
-        return len(points) >= 6 and len(points) % 2 == 0 and math.isfinite(sum(points))
-    except TypeError:
+        near = math.isfinite(sum(points)) and -FAR < min(points) <= max(points) < FAR
+        return near and len(points) >= 6 and len(points) % 2 == 0
+    except (TypeError, ValueError):
         return False
 
 
@@ -184,7 +196,7 @@ class COCOData(CoSegData):
         self, name: str, root: Path, *, min_area: float = COCO_MIN_AREA,
         min_images: int = COCO_MIN_IMAGES,
     ) -> None:  # fmt: skip
-        self.file, self.root = _files(name, root)
+        self.file, self.root, others = _files(name, root)
         document = _Document(self.file)
         self._images, self._objects = document.images, document.objects
         groups: dict[str, set[str]] = defaultdict(set)
@@ -217,24 +229,24 @@ class COCOData(CoSegData):
             "images without a category's instance that is large enough":
                 [image.name for key, image in self._images.items() if key not in used],
             f"categories with fewer than {min_images} images": sorted(small),
+            f"other annotations than {self.file.name}": others,
         }  # fmt: skip
         self.left_out = {why: names for why, names in self.left_out.items() if names}
 
     def _probe(self) -> None:
         """Outlines may all be empty, in shares of the width for instance: look at some."""
         items = range(0, len(self), -(-len(self) // PROBED))
-        empty = []
-        for i in items:
-            image, objects = self._images[self.ids[i]], self._objects[self.ids[i]]
-            try:
-                if not any(found.mask(image).any() for found in objects):
-                    empty.append(self.keys[i])
-            except LCCoError:
-                empty.append(self.keys[i])
+        empty = [self.keys[i] for i in items if not self._shows_something(self.ids[i])]
         if len(empty) > len(items) / 2:
             told = f"{len(empty)} of {len(items)} pictures looked at have no object pixel"
             mend = "are the outlines in pixels?"
             self.faults.append(("empty truth", empty[0], f"{self.file}: {told}; {mend}"))
+
+    def _shows_something(self, key: str) -> bool:
+        try:
+            return any(found.mask(self._images[key]).any() for found in self._objects[key])
+        except LCCoError:
+            return False
 
     def path(self, i: int) -> Path:
         return self._paths[i]
@@ -277,14 +289,15 @@ class COCOData(CoSegData):
         return out
 
 
-def _files(name: str, root: Path) -> tuple[Path, Path]:
-    """The annotations, and the folder that file names in them are relative to."""
+def _files(name: str, root: Path) -> tuple[Path, Path, list[str]]:
+    """The annotations, the folder that file names in them are relative to, other annotations."""
     files = sorted(root.glob("annotations/instances_*.json"))
     if not files:
         raise LCCoError(f"data `{name}`: no {root / 'annotations' / 'instances_train2017.json'}")
     file = next((f for f in files if f.stem == "instances_train2017"), files[0])
     fold = file.stem.removeprefix("instances_")
+    others = [] if fold == "train2017" else [f.name for f in files[1:]]
     for folder in (root / fold, root / "images" / fold):
         if folder.is_dir():
-            return file, folder
+            return file, folder, others
     raise LCCoError(f"data `{name}`: {file.name} is there, its pictures {root / fold} are not")
