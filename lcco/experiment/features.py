@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ from lcco.losses import true_class
 from lcco.semantics import Tower, Vocabulary, make_tower, painted, target_word
 from lcco.store import kept, kept_file
 
+Box = tuple[float, float, float, float]
 Pair = tuple[int, tuple[str, ...]]  # an item, and the classes whose union is its truth
 MEMO_BYTES = 2**30  # bound on squares in memory, and on a file of true masks
 AT_ONCE = 16  # pictures through the backbone at once: early maps are large
@@ -62,42 +63,38 @@ class Features:
     ) -> None:  # fmt: skip
         self.tower, self.backbone, self.size, self.device = tower, backbone, size, device
         self.stages = backbone.frozen_stages if stages is None else stages
-        self._arrays: dict[str, np.ndarray] = {}
-        self._truths: dict[str, np.ndarray] = {}
-        self._maps: dict[tuple[str, bool], np.ndarray] = {}
-        self._pairs: dict[str, dict[Pair, int]] = {}
-        self._memo: dict[tuple, np.ndarray] = {}
+        channels = backbone.channels[: self.stages]
+        self.shapes = [(c, size // (4 * 2**n)) for n, c in enumerate(channels)]  # of kept maps
+        self._memo: dict[str, np.ndarray] = {}
+        self._rows: dict[str, dict[Pair, int]] = {}
+        self._flipped: set[str] = set()
+        self._backbone = backbone.identity if self.stages else ""
 
     def prepare(
         self, data: CoSegData, *, flip: bool = False, truths: bool = False,
         background: str | None = None,
     ) -> None:  # fmt: skip
-        """Compute ahead what is kept of a set.
-
-        flip: maps of mirrored pictures too. truths: true masks as squares. background: embeddings
-        of the pictures with all but the object painted over, "zero" or "mean".
-        """
+        """Embed a set ahead. flip: mirrored too. truths, background: for `truth` and `masked`."""
         self.embeddings(data, [])
         if self.stages:
-            self._stored_maps(data, flip)
-        if truths and len(self.rows(data)) * self.size**2 <= MEMO_BYTES:
-            self._stored_truths(data)
+            self._maps(data, flip)
+        if truths:
+            self.truth(data, *next(iter(self.rows(data))))
         if background:
-            self._stored_masked(data, background)
+            self.masked(data, [], background)
 
-    # ------------------------------------------------------------------ the tower's embeddings
     def embeddings(self, data: CoSegData, items: Sequence[int], *, keep: bool = True) -> Tensor:
         """Image embeddings [n, D] of the tower; the set is embedded whole at the first call.
 
         `keep=False` writes nothing to disk: for pictures seen once.
         """
-        recipe = [data.digest(), self.tower.identity]
-        stored = self._kept("embeddings", recipe, lambda: self._embed(data), keep)
+        recipe, make = [data.digest(), self.tower.identity], partial(self._embed, data)
+        stored = self._array("embeddings", recipe, make, disk=keep)
         return torch.from_numpy(stored[np.array(items, int)])
 
     def _embed(self, data: CoSegData) -> np.ndarray:
-        contents = [data.content(i) for i in range(len(data))]
         first: dict[str, int] = {}  # a picture that stands in two classes is embedded once
+        contents = [data.content(i) for i in range(len(data))]
         for i, content in enumerate(contents):
             first.setdefault(content, i)
         items = progress(first.values(), f"embedding {data.name}", len(first))
@@ -106,21 +103,22 @@ class Features:
         return vectors[[row[content] for content in contents]]
 
     def masked(self, data: CoSegData, pairs: Sequence[Pair], background: str) -> Tensor:
-        """Embeddings [n, D] of pictures with all but the object painted over; zero without one."""
-        stored, rows = self._stored_masked(data, background), self.rows(data)
-        vectors = [
-            stored[rows[pair]] if pair in rows  # else of several classes, or of one it lacks
-            else self._remember(("masked", data.identity(), pair, background),
-                                lambda pair=pair: self._embed_masked(data, [pair], background)[0])
-            for pair in pairs
-        ]  # fmt: skip
-        return torch.from_numpy(np.stack(vectors))
+        """Embeddings [n, D] of pictures with all but the object painted over; zero without one.
 
-    def _stored_masked(self, data: CoSegData, background: str) -> np.ndarray:
-        recipe, pairs = [data.identity(), self.tower.identity, background], list(self.rows(data))
-        return self._kept("masked", recipe, lambda: self._embed_masked(data, pairs, background))
+        background: "zero", black, or "mean", the tower's mean colour.
+        """
+        recipe, rows = [data.identity(), self.tower.identity, background], self.rows(data)
+        make = partial(self._embed_masked, data, background)
+        stored = self._array("masked", recipe, partial(make, list(rows)))
+        out = np.zeros((len(pairs), stored.shape[1]), np.float32)
+        for n, pair in enumerate(pairs):
+            if pair in rows:
+                out[n] = stored[rows[pair]]
+            else:  # of several classes, or of one that the picture lacks
+                out[n] = self._array("masked", [*recipe, pair], partial(make, [pair]), disk=False)
+        return torch.from_numpy(out)
 
-    def _embed_masked(self, data: CoSegData, pairs: list[Pair], background: str) -> np.ndarray:
+    def _embed_masked(self, data: CoSegData, background: str, pairs: list[Pair]) -> np.ndarray:
         shown: list[bool] = []
 
         def pictures() -> Iterator[Image.Image]:
@@ -133,26 +131,28 @@ class Features:
         vectors[~np.array(shown, bool)] = 0
         return vectors
 
-    # ------------------------------------------------------------------ pictures, masks, maps
-    def truth(self, data: CoSegData, i: int, classes: tuple[str, ...]) -> np.ndarray:
-        """uint8 [S, S] of {0, 1, 255 = void}: the truth of item i as a square."""
-        stored = self._truths.get(data.identity())
-        row = None if stored is None else self.rows(data).get((i, classes))
-        if row is not None:
-            return stored[row]
-        key = ("truth", data.identity(), i, classes)
-        return self._remember(key, lambda: mask_square(data.mask(i, classes), self.size))
+    def truth(
+        self, data: CoSegData, i: int, classes: tuple[str, ...], crop: Box | None = None
+    ) -> np.ndarray:
+        """uint8 [S, S] of {0, 1, 255 = void}: the truth of item i, or of a crop, as a square.
 
-    def _stored_truths(self, data: CoSegData) -> None:
-        pairs = progress(self.rows(data), f"reading masks of {data.name}", len(self.rows(data)))
-        self._truths[data.identity()] = self._kept(
-            "truths", [data.identity(), self.size],
-            lambda: np.stack([mask_square(data.mask(i, c), self.size) for i, c in pairs]),
-        )  # fmt: skip
+        Those of sets up to `MEMO_BYTES` are kept on disk: decoding costs more than a step.
+        """
+        rows, recipe = self.rows(data), [data.identity(), self.size]
+        if crop:
+            return mask_square(data.mask(i, classes), self.size, crop)
+        if (i, classes) in rows and len(rows) * self.size**2 <= MEMO_BYTES:
+            return self._array("truths", recipe, partial(self._truths, data))[rows[i, classes]]
+        make = partial(self._truths, data, [(i, classes)])
+        return self._array("truths", [*recipe, i, classes], make, disk=False)[0]
+
+    def _truths(self, data: CoSegData, pairs: Sequence[Pair] = ()) -> np.ndarray:
+        some = progress(pairs or list(self.rows(data)), f"reading masks of {data.name}")
+        return np.stack([mask_square(data.mask(i, classes), self.size) for i, classes in some])
 
     def visual(
         self, data: CoSegData, items: Sequence[int], flips: Sequence[bool] | None = None,
-        crops: Sequence[tuple | None] | None = None, keep: bool = True,
+        crops: Sequence[Box | None] | None = None, keep: bool = True,
     ) -> tuple[Tensor | None, list[Tensor] | None]:  # fmt: skip
         """(images [n, 3, S, S] in 0..1, None) for a live backbone, else (None, leading maps).
 
@@ -160,25 +160,24 @@ class Features:
         """
         flips, crops = flips or [False] * len(items), crops or [None] * len(items)
         if self.stages and keep and not any(crops):
-            stored = self._stored_maps(data, any(flips))
-            rows = stored[[i + f * len(data) for i, f in zip(items, flips, strict=True)]]
-            ends = np.cumsum([c * s * s for c, s in self._shapes])
-            maps = map(np.ascontiguousarray, np.split(rows, ends[:-1], axis=1))
-            views = [m.reshape(-1, s, s, c) for m, (c, s) in zip(maps, self._shapes, strict=True)]
+            rows = [i + f * len(data) for i, f in zip(items, flips, strict=True)]
+            ends = np.cumsum([c * s * s for c, s in self.shapes])[:-1]
+            parts = np.split(self._maps(data, any(flips))[rows], ends, axis=1)
+            views = [np.ascontiguousarray(p).reshape(-1, s, s, c)
+                     for p, (c, s) in zip(parts, self.shapes, strict=True)]  # fmt: skip
             return None, [torch.from_numpy(v).permute(0, 3, 1, 2) for v in views]
-        squares = [self._square(data, *one, keep) for one in zip(items, flips, crops, strict=True)]
-        images = _to_images(squares)
-        if self.stages:
-            parts = [self.frozen_maps(part) for part in images.split(AT_ONCE)]
-            return None, [torch.cat(maps) for maps in zip(*parts, strict=True)]
-        return images, None
+        squares = [self._square(data, i, c, keep) for i, c in zip(items, crops, strict=True)]
+        images = _to_images([s[:, ::-1] if f else s for s, f in zip(squares, flips, strict=True)])
+        if not self.stages:
+            return images, None
+        maps = [self.frozen_maps(part) for part in images.split(AT_ONCE)]
+        return None, [torch.cat(stride) for stride in zip(*maps, strict=True)]
 
-    def _square(
-        self, data: CoSegData, i: int, flip: bool, crop: tuple | None, keep: bool
-    ) -> np.ndarray:
-        key = ("image", data.digest(), i) if keep and not crop else None
-        square = self._remember(key, lambda: load_square(data.image(i), self.size, crop))
-        return square[:, ::-1] if flip else square
+    def _square(self, data: CoSegData, i: int, crop: Box | None, keep: bool) -> np.ndarray:
+        if crop or not keep:
+            return load_square(data.image(i), self.size, crop)
+        make = lambda: load_square(data.image(i), self.size)  # noqa: E731
+        return self._array("square", [data.digest(), i], make, disk=False)
 
     @torch.no_grad()
     def frozen_maps(self, images: Tensor) -> list[Tensor]:
@@ -192,59 +191,48 @@ class Features:
         self.backbone.train(mode)
         return maps
 
-    @property
-    def _shapes(self) -> list[tuple[int, int]]:
-        """Channels and side of each kept map."""
-        channels = self.backbone.channels[: self.stages]
-        return [(c, self.size // (4 * 2**n)) for n, c in enumerate(channels)]
-
-    def _stored_maps(self, data: CoSegData, flip: bool) -> np.ndarray:
+    def _maps(self, data: CoSegData, flip: bool) -> np.ndarray:
         """[n or 2n, values] float16: a row holds one picture's maps; the mirrored half is last."""
-        known = self._maps.get((data.digest(), True), self._maps.get((data.digest(), flip)))
-        if known is None:
-            recipe = [self.backbone.identity, self.size, self.stages, flip, data.digest()]
-            path = place("cache") / f"maps-{digest(recipe, 16)}.npy"
-            kept_file(path, lambda part: self._write_maps(part, data, flip))
-            known = self._maps[data.digest(), flip] = np.load(path, mmap_mode="r")
-        return known
+        self._flipped |= {data.digest()} if flip else set()
+        flip = data.digest() in self._flipped
+        recipe = [self._backbone, self.size, self.stages, flip, data.digest()]
+        return self._array("maps", recipe, write=partial(self._write_maps, data, flip))
 
-    def _write_maps(self, part: Path, data: CoSegData, flip: bool) -> None:
-        shape = (len(data) * (1 + flip), sum(c * s * s for c, s in self._shapes))
+    def _write_maps(self, data: CoSegData, flip: bool, part: Path) -> None:
+        shape = (len(data) * (1 + flip), sum(c * s * s for c, s in self.shapes))
         out = np.lib.format.open_memmap(part, "w+", np.float16, shape)
         what = f"embedding {data.name} ({self.backbone.name}, {self.size} px)"
         for start in progress(range(0, len(data), AT_ONCE), what):
             items = range(start, min(start + AT_ONCE, len(data)))
-            images = _to_images([self._square(data, i, False, None, False) for i in items])
+            images = _to_images([self._square(data, i, None, keep=False) for i in items])
             for side in range(1 + flip):
                 maps = self.frozen_maps(images.flip(-1) if side else images)
                 rows = torch.cat([m.permute(0, 2, 3, 1).flatten(1) for m in maps], dim=1)
                 out[[i + side * len(data) for i in items]] = rows.half().numpy()
         out.flush()
 
-    # ------------------------------------------------------------------ what is kept
-    def _kept(
-        self, kind: str, recipe: list, make: Callable[[], np.ndarray], keep: bool = True
-    ) -> np.ndarray:
-        name = f"{kind}-{digest(recipe, 16)}.npy"
-        if name not in self._arrays:
-            self._arrays[name] = kept(place("cache") / name, make) if keep else make()
-        return self._arrays[name]
-
-    def _remember(self, key: tuple | None, make: Callable[[], np.ndarray]) -> np.ndarray:
-        value = self._memo.get(key) if key else make()
-        if value is None:
-            value = make()
-            if len(self._memo) * 3 * self.size**2 > MEMO_BYTES:
-                self._memo.clear()
-            self._memo[key] = value
-        return value
-
     def rows(self, data: CoSegData) -> Mapping[Pair, int]:
         """Every (item, class) of a set → its row in the files of masks, by item."""
-        if data.identity() not in self._pairs:
+        if data.identity() not in self._rows:
             pairs = sorted((i, (c,)) for c, items in data.groups.items() for i in items)
-            self._pairs[data.identity()] = {pair: n for n, pair in enumerate(pairs)}
-        return self._pairs[data.identity()]
+            self._rows[data.identity()] = {pair: n for n, pair in enumerate(pairs)}
+        return self._rows[data.identity()]
+
+    def _array(
+        self, kind: str, recipe: list, make: Callable[[], np.ndarray] | None = None, *,
+        disk: bool = True, write: Callable[[Path], None] | None = None,
+    ) -> np.ndarray:  # fmt: skip
+        """What `make` gives or `write` writes: remembered, and kept on disk."""
+        name = f"{kind}-{digest(recipe, 16)}.npy"
+        value = self._memo.get(name)
+        if value is None:
+            if write:
+                make = partial(np.load, kept_file(place("cache") / name, write), mmap_mode="r")
+            value = kept(place("cache") / name, make) if disk and not write else make()
+            if len(self._memo) * 3 * self.size**2 > MEMO_BYTES:
+                self._memo.clear()
+            self._memo[name] = value
+        return value
 
 
 def make_features(experiment: Experiment, device: str | None = None) -> Features:
@@ -257,9 +245,9 @@ def make_features(experiment: Experiment, device: str | None = None) -> Features
     stages = min(m.frozen_stages, 1 if m.placement == "encoder" else 4)
     make = _made if m.frozen_stages == 4 else _made.__wrapped__
     seed = experiment.seed if m.weights is None else 0  # random weights are the seed's alone
-    tower = experiment.tower.model_copy(update={"vocabulary": "coco80"})  # words are apart
-    key = (m.backbone, m.weights, m.frozen_stages)
-    return make(tower, key, seed, experiment.data.size, stages, device)
+    tower = experiment.tower.model_copy(update={"vocabulary": ""})  # the words are apart
+    backbone = (m.backbone, m.weights, m.frozen_stages)
+    return make(tower, backbone, seed, experiment.data.size, stages, device)
 
 
 @lru_cache(maxsize=2)
@@ -285,30 +273,26 @@ def batch(
 
     v_gt: what marks the true class, the "tower" (Eq. 12) or the class's own "name".
     """
-    each = [
-        (i, d.classes, flip, crop)
-        for d in draws for i, flip, crop in zip(d.items, d.flips, d.crops, strict=True)
-    ]  # fmt: skip
-    items, classes, flips, crops = (list(column) for column in zip(*each, strict=True))
-    truths = []
-    for i, names, flip, crop in each:
-        whole = features.truth(data, i, names) if not crop else None
-        square = mask_square(data.mask(i, names), features.size, crop) if crop else whole
-        truths.append(torch.from_numpy(np.array(square[:, ::-1] if flip else square)))
+    items, flips, crops, pairs = [], [], [], []
+    for d in draws:
+        items, flips, crops = [*items, *d.items], [*flips, *d.flips], [*crops, *d.crops]
+        pairs += [(i, d.classes) for i in d.items]
     images, maps = features.visual(data, items, flips, crops)
-    longest = max(len(d.items) for d in draws)
+    truths = [features.truth(data, *p, c) for p, c in zip(pairs, crops, strict=True)]
+    truths = [t[:, ::-1] if flip else t for t, flip in zip(truths, flips, strict=True)]
+    longest, true = max(len(d.items) for d in draws), None
     present = torch.tensor([[n < len(d.items) for n in range(longest)] for d in draws])
-    true = None
     if v_gt == "name":
         true = torch.tensor([own_word(d.classes, vocabulary.words) for d in draws])
     elif v_gt == "tower":
-        masked = features.masked(data, list(zip(items, classes, strict=True)), background)
-        true = true_class(_padded(masked, present), vocabulary.embeddings, present)
+        masked = _padded(features.masked(data, pairs, background), present)
+        true = true_class(masked, vocabulary.embeddings, present)
     return Batch(
         images=None if images is None else _padded(images, present),
         maps=maps and [_padded(m, present) for m in maps],
         embeddings=_padded(features.embeddings(data, items), present),
-        truth=_padded(torch.stack(truths), present, VOID), present=present, true=true,
+        truth=_padded(torch.from_numpy(np.stack(truths)), present, VOID),
+        present=present, true=true,
     )  # fmt: skip
 
 

@@ -175,8 +175,6 @@ class Trainer:
                 batch.images, batch.embeddings, self.text, maps=batch.maps, present=batch.present,
                 target=self._given(batch),
             )  # fmt: skip
-        out.logits = out.logits.float()
-        out.coarse = None if out.coarse is None else out.coarse.float()
         loss, parts = total_loss(
             out, batch.truth, batch.present, batch.true, lambda_cs=e.loss.lambda_cs,
             lambda_c=e.loss.lambda_c, lc_reduction=e.loss.lc_reduction, bce=e.loss.bce,
