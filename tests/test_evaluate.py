@@ -1,4 +1,4 @@
-"""The evaluator over small sets whose answers are scripted, so that every score can be worked out by hand."""
+"""The evaluator on small sets with scripted answers: every score can be worked out by hand."""
 
 import hashlib
 import os
@@ -28,12 +28,18 @@ def bar(start: float, stop: float, side: int = SIDE) -> np.ndarray:
 class Toy(CoSegData):
     """Pictures given by label maps; `groups` as listed, or by label."""
 
-    def __init__(self, labels: dict[str, np.ndarray], groups: dict[str, list[str]] | None = None) -> None:
+    def __init__(
+        self, labels: dict[str, np.ndarray], groups: dict[str, list[str]] | None = None
+    ) -> None:
         keys = list(labels)
         self.labels, self.decoded = list(labels.values()), []
         if groups is None:
-            groups = {c: [k for k in keys if (labels[k] == n).any()] for n, c in enumerate(CLASSES, 1)}
-        super().__init__("toy", "toy", keys, {c: [keys.index(k) for k in v] for c, v in groups.items() if v})
+            groups = {
+                c: [k for k in keys if (labels[k] == n).any()] for n, c in enumerate(CLASSES, 1)
+            }
+        super().__init__(
+            "toy", "toy", keys, {c: [keys.index(k) for k in v] for c, v in groups.items() if v}
+        )
 
     def image(self, i):
         seed = int(hashlib.sha256(self.keys[i].encode()).hexdigest()[:8], 16)
@@ -56,19 +62,32 @@ def evaluate(segment, data, protocol, group_size=5, seed=0):
 def relisted(toy: Toy) -> Toy:
     """The same set with its files listed in another order."""
     order = np.random.default_rng(5).permutation(len(toy))
-    groups = {c: [toy.keys[i] for i in sorted(items, key=lambda i: -i)] for c, items in toy.groups.items()}
+    groups = {
+        c: [toy.keys[i] for i in sorted(items, key=lambda i: -i)] for c, items in toy.groups.items()
+    }
     return Toy({toy.keys[i]: toy.labels[i] for i in order}, groups)
 
 
-# --------------------------------------------------------------------------------------------------- the five protocols
+# ------------------------------------------------------------------------------- the five protocols
 def five() -> tuple[Toy, dict[str, np.ndarray]]:
-    """Class a: three images, one without it; class b: one. And what the scripted segmenter answers, at 224 px."""
-    labels = {"a/1": bar(0, 1 / 2), "a/2": bar(0, 1 / 3), "a/3": bar(0, 0), "b/1": 2 * bar(0, 1 / 3)}
-    answers = {"a/1": bar(0, 1 / 2, 224), "a/2": bar(0, 1, 224), "a/3": bar(0, 1 / 2, 224), "b/1": bar(0, 1 / 2, 224)}
+    """Class a: three images, one without it; class b: one. And the scripted answers, at 224 px."""
+    labels = {
+        "a/1": bar(0, 1 / 2),
+        "a/2": bar(0, 1 / 3),
+        "a/3": bar(0, 0),
+        "b/1": 2 * bar(0, 1 / 3),
+    }
+    answers = {
+        "a/1": bar(0, 1 / 2, 224),
+        "a/2": bar(0, 1, 224),
+        "a/3": bar(0, 1 / 2, 224),
+        "b/1": bar(0, 1 / 2, 224),
+    }
     return Toy(labels, {"a": ["a/1", "a/2", "a/3"], "b": ["b/1"]}), answers
 
 
-# of 144 pixels: a/1 right: J 1, P 1; a/2 all predicted, 48 true: J 1/3, P 1/3; a/3 72 predicted, none true: J 0, P 1/2
+# of 144 pixels: a/1 right: J 1, P 1; a/2 all predicted, 48 true: J 1/3, P 1/3; a/3 72 predicted,
+# none true: J 0, P 1/2
 #                b/1: inter 48, union 72: J 2/3, P 1 - 24/144 = 5/6
 IMAGE = ((1 + 1 / 3 + 1 / 2 + 5 / 6) / 4, (1 + 1 / 3 + 0 + 2 / 3) / 4)
 HAND = {
@@ -76,7 +95,8 @@ HAND = {
     "ufo": IMAGE,
     # P: a (1 + 1/3 + 1/2) / 3 = 11/18, b 5/6; J: a (1 + 1/3) / 2 = 2/3 over non-empty truth, b 2/3
     "segswap": ((11 / 18 + 5 / 6) / 2, 2 / 3),
-    # J: a (72 + 48 + 0) / (72 + 144 + 72) = 5/12, b 2/3; the images are of one size, so pooled P is the class mean
+    # J: a (72 + 48 + 0) / (72 + 144 + 72) = 5/12, b 2/3; the images are of one size, so
+    # pooled P is the class mean
     "pooled": ((11 / 18 + 5 / 6) / 2, (5 / 12 + 2 / 3) / 2),
     "native": IMAGE,
 }
@@ -86,14 +106,20 @@ HAND = {
 def test_protocols_by_hand(name):
     toy, answers = five()
     got = evaluate(lambda data, items, cls: [answers[data.keys[i]] for i in items], toy, name)
-    tolerance = 1e-9 if PROTOCOLS[name].size is None else 0.01  # a third of 224 or 321 is no whole pixel
+    tolerance = (
+        1e-9 if PROTOCOLS[name].size is None else 0.01
+    )  # a third of 224 or 321 is no whole pixel
     assert (got.summary["P"], got.summary["J"]) == pytest.approx(HAND[name], abs=tolerance)
     assert [r["key"] for r in got.rows] == ["a/1", "a/2", "a/3", "b/1"]
     assert [r["empty"] for r in got.rows] == [False, False, True, False]
     assert got.rows[2]["J"] == (None if name == "segswap" else 0)
     assert got.rows[2]["predicted"] == pytest.approx(0.5, abs=tolerance)
     assert got.summary["J_nonempty"] == pytest.approx(2 / 3, abs=tolerance)
-    assert (got.summary["images"], got.summary["false_alarms"], got.summary["groups"]) == (4, 1.0, 2)
+    assert (got.summary["images"], got.summary["false_alarms"], got.summary["groups"]) == (
+        4,
+        1.0,
+        2,
+    )
     if name != "segswap":
         assert got.summary["J_class"] == pytest.approx((4 / 9 + 2 / 3) / 2, abs=tolerance)
 
@@ -125,10 +151,15 @@ def test_remainder_is_completed_and_only_the_new_count():
         calls.append(items)
         return [bar(0, 1 / 2) if n < 2 or len(calls) == 1 else bar(0, 0) for n in range(len(items))]
 
-    # the second set is images 5, 6 and, again, 0, 1, 2, whose second masks are empty: they must not count
+    # the second set is images 5, 6 and, again, 0, 1, 2, whose second masks are empty: they
+    # must not count
     got = evaluate(segment, toy, "ufo")
     assert calls == [[0, 1, 2, 3, 4], [5, 6, 0, 1, 2]]
-    assert got.summary["J"] == pytest.approx(1) and got.summary["images"] == 7 and got.summary["groups"] == 2
+    assert (
+        got.summary["J"] == pytest.approx(1)
+        and got.summary["images"] == 7
+        and got.summary["groups"] == 2
+    )
     calls.clear()
     evaluate(segment, toy, "pooled")
     assert calls == [[0, 1, 2, 3, 4, 5, 6]]
@@ -138,7 +169,8 @@ def test_order_of_the_listing_changes_nothing():
     rng = np.random.default_rng(0)
     kinds = ([0, 1], [0, 2], [0, 1, 2])  # pictures with an a, with a b, with both
     toy = Toy({
-        f"{'xyz'[n % 3]}/{n}": np.tile(rng.choice(kinds[n % 3], SIDE), (SIDE, 1)).astype(np.uint8) for n in range(17)
+        f"{'xyz'[n % 3]}/{n}": np.tile(rng.choice(kinds[n % 3], SIDE), (SIDE, 1)).astype("uint8")
+        for n in range(17)
     })  # fmt: skip
 
     def segment(data, items, cls):  # each mask depends on the whole set and on the place in it
@@ -199,7 +231,13 @@ def test_seed_draws_the_groups_of_native():
     seen = {}
     for seed in (0, 0, 1):
         calls = []
-        evaluate(lambda d, items, c, calls=calls: [calls.append(i) or bar(0, 1) for i in items], toy, "native", 5, seed)
+        evaluate(
+            lambda d, items, c, calls=calls: [calls.append(i) or bar(0, 1) for i in items],
+            toy,
+            "native",
+            5,
+            seed,
+        )
         assert seen.setdefault(seed, calls) == calls
         assert len(calls) == 15  # 5 + 5 + 2 completed with 3
     assert seen[0] != seen[1] and seen[0] != list(range(12))
@@ -213,7 +251,9 @@ def test_void_is_ignored_by_native_and_background_for_the_peers():
     # predicted: the object (a quarter) and the void beside it (a quarter)
     assert (got["native"].summary["P"], got["native"].summary["J"]) == (1, 1)
     for name in ("ssnm", "ufo", "segswap", "pooled"):
-        assert (got[name].summary["P"], got[name].summary["J"]) == pytest.approx((0.75, 0.5), abs=0.01)
+        assert (got[name].summary["P"], got[name].summary["J"]) == pytest.approx(
+            (0.75, 0.5), abs=0.01
+        )
 
 
 def folders(root, pictures):
@@ -237,11 +277,9 @@ def test_jpeg_truth(tmp_path, monkeypatch):
     assert len(set(np.asarray(grey).ravel().tolist())) > 20  # the file is noisy
     got = evaluate_all(lambda d, items, c: [disc] * len(items), data, ["native", "ufo"])
     assert got["native"].summary["J"] > 0.985 and got["native"].summary["P"] > 0.995
-    # the peers resize the noisy grey file itself; the same up to its noise at the edge
-    theirs = np.asarray(grey.resize((224, 224), Image.Resampling.BILINEAR)) > 127
-    mine = PROTOCOLS["ufo"].truth(data.mask(0, ["cow"])) == 1
-    assert (mine != theirs).mean() < 0.002
     assert got["ufo"].summary["J"] > 0.985
+    theirs = np.asarray(grey.resize((224, 224), Image.Resampling.BILINEAR)) > 127  # as the peers do
+    assert evaluate(lambda d, items, c: [theirs] * len(items), data, "ufo").summary["J"] == 1
 
 
 @pytest.mark.parametrize(
@@ -268,9 +306,9 @@ def test_bad_requests_are_named():
         evaluate(lambda *_: [], Toy({}), "ufo")
 
 
-# ------------------------------------------------------------------------------------------------- does the set decide?
+# ----------------------------------------------------------------------------- does the set decide?
 def two_classes(extra: int = 4) -> Toy:
-    """Two pictures with an `a` (left third, 48 px) and a `b` (right quarter, 36 px), and others with one of them."""
+    """Two pictures with an `a` (left third) and a `b` (right quarter), others with one of them."""
     both = bar(0, 1 / 3) + 2 * bar(3 / 4, 1)
     labels = {"p/1": both, "p/2": both.copy()}
     for n in range(extra):
@@ -279,7 +317,7 @@ def two_classes(extra: int = 4) -> Toy:
 
 
 def common(data, items, cls):
-    """What co-segmentation is: the classes that all images of the set hold, seen from the set alone."""
+    """Co-segmentation: the classes that all images of the set hold, from the set alone."""
     shared = frozenset.intersection(*(data.labels_of(i) for i in items))
     return [data.mask(i, sorted(shared)) for i in items]
 
@@ -293,7 +331,8 @@ def contrary(data, items, cls):
     return [data.mask(i, ["b" if cls == "a" else "a"]) for i in items]
 
 
-# disjoint objects of 48 and 36 px: both together score 48/84 and 36/84, 1/2 in the mean; one of them alone 1 and 0
+# disjoint objects of 48 and 36 px: both together score 48/84 and 36/84, 1/2 in the mean; one of
+# them alone 1 and 0
 @pytest.mark.parametrize(
     ("segment", "J", "leak", "decides", "same", "agreement"),
     [
@@ -312,7 +351,13 @@ def test_choice_by_hand(segment, J, leak, decides, same, agreement):
         assert measured == pytest.approx((J, leak, same, agreement), abs=tolerance)
         assert s["gain"] == pytest.approx(J - same, abs=tolerance)
         assert s["decides"] == decides
-        assert (s["images"], s["pictures"], s["groups"], s["skipped"], s["clean_mates"]) == (4, 2, 4, 0, 1)
+        assert (s["images"], s["pictures"], s["groups"], s["skipped"], s["clean_mates"]) == (
+            4,
+            2,
+            4,
+            0,
+            1,
+        )
     assert [(r["class"], r["other"], r["key"]) for r in got["choice"].rows] == [
         ("a", "b", "p/1"), ("a", "b", "p/2"), ("b", "a", "p/1"), ("b", "a", "p/2"),
     ]  # fmt: skip
@@ -322,7 +367,9 @@ def test_one_mask_for_both_sets_scores_half_at_most():
     rng = np.random.default_rng(2)
     for share in (0.2, 0.5, 0.9):
         mask = rng.random((SIDE, SIDE)) < share
-        s = evaluate_choice(lambda d, items, c, m=mask: [m] * len(items), two_classes())["choice"].summary
+        s = evaluate_choice(lambda d, items, c, m=mask: [m] * len(items), two_classes())[
+            "choice"
+        ].summary
         assert s["J"] <= 0.5 and s["gain"] == pytest.approx(0) and s["agreement"] == 1
 
 
@@ -334,7 +381,8 @@ def test_the_better_of_two_different_masks_is_j_same():
         return [mask] * len(items)
 
     got = evaluate_choice(segment, two_classes())["choice"]
-    # a 48 px, b 36 px. Mask for a: J(a) 1, J(b) 0. Mask for b, 24 + 36 px: J(a) 24 / 84, J(b) 36 / 60
+    # a 48 px, b 36 px. Mask for a: J(a) 1, J(b) 0. Mask for b, 24 + 36 px: J(a) 24 / 84, J(b)
+    # 36 / 60
     by_class = {r["class"]: r for r in got.rows}
     assert (by_class["a"]["J"], by_class["a"]["leak"]) == (1, 0)
     assert (by_class["b"]["J"], by_class["b"]["leak"]) == pytest.approx((36 / 60, 24 / 84))
@@ -364,7 +412,9 @@ def test_choice_takes_the_two_largest_of_three_objects_and_counts_from_a_hundred
     side = 20  # 400 px: 4 px are a hundredth
     three = bar(0, 1 / 2, side) + 2 * bar(1 / 2, 3 / 4, side)
     three[:4, 19] = 3
-    labels = {"p/1": three} | {f"q/{c}": v * bar(0, 1, side) for c, v in zip("abc", (1, 2, 3), strict=True)}
+    labels = {"p/1": three} | {
+        f"q/{c}": v * bar(0, 1, side) for c, v in zip("abc", (1, 2, 3), strict=True)
+    }
     got = evaluate_choice(common, Toy(labels))["choice"]
     assert {(r["class"], r["other"]) for r in got.rows} == {("a", "b"), ("b", "a")}
     three[three == 2] = 0
@@ -395,9 +445,14 @@ def test_choice_mates():
 
     got = evaluate_choice(segment, toy, group_size=4)["choice"]
     assert len(calls) == 4
-    for keys, cls in calls:  # two clean mates there are; the fourth place goes to the other picture with both
+    for (
+        keys,
+        cls,
+    ) in calls:  # two clean mates there are; the fourth place goes to the other picture with both
         assert keys[0].startswith("p/") and len(set(keys)) == 4
-        assert sorted(keys[1:]) == sorted([f"q/{cls}0", f"q/{cls}1", "p/1" if keys[0] == "p/2" else "p/2"])
+        assert sorted(keys[1:]) == sorted(
+            [f"q/{cls}0", f"q/{cls}1", "p/1" if keys[0] == "p/2" else "p/2"]
+        )
     assert got.summary["clean_mates"] == pytest.approx(2 / 3) and got.summary["J"] == 1
     first = list(calls)
     calls.clear()
@@ -409,8 +464,12 @@ def test_choice_mates():
 
 
 def test_choice_needs_a_choice():
-    with pytest.raises(LCCoError, match="no picture of two classes"):  # nothing else shows b, so no set could ask for it
-        evaluate_choice(common, Toy({"p/1": bar(0, 1 / 3) + 2 * bar(3 / 4, 1), "q/a": bar(0, 1 / 2)}))
+    with pytest.raises(
+        LCCoError, match="no picture of two classes"
+    ):  # nothing else shows b, so no set could ask for it
+        evaluate_choice(
+            common, Toy({"p/1": bar(0, 1 / 3) + 2 * bar(3 / 4, 1), "q/a": bar(0, 1 / 2)})
+        )
     with pytest.raises(LCCoError, match="2 or more"):
         evaluate_choice(common, two_classes(), group_size=1)
     speck = two_classes()
@@ -426,8 +485,15 @@ def test_choice_needs_a_choice():
 def test_choice_in_folders(tmp_path, monkeypatch):
     monkeypatch.setenv("LCCO_CACHE", str(tmp_path / "cache"))
     man, horse = bar(0, 1 / 4, 64), bar(1 / 2, 1, 64)
-    pictures = [("person", "5", 1, man, ".png"), ("horse", "17", 1, horse, ".png")]  # seed 1 twice: the same picture
-    pictures += [(c, f"{n}0", s + n, bar(0, 1, 64), ".png") for c, s in (("person", 10), ("horse", 20)) for n in (1, 2)]
+    pictures = [
+        ("person", "5", 1, man, ".png"),
+        ("horse", "17", 1, horse, ".png"),
+    ]  # seed 1 twice: the same picture
+    pictures += [
+        (c, f"{n}0", s + n, bar(0, 1, 64), ".png")
+        for c, s in (("person", 10), ("horse", 20))
+        for n in (1, 2)
+    ]
     data = folders(tmp_path / "set", pictures)
     got = evaluate_choice(lambda d, items, c: [d.mask(i, [c]) for i in items], data, 3)["choice"]
     assert [(r["key"], r["class"], r["other"], r["J"], r["leak"]) for r in got.rows] == [
@@ -435,27 +501,44 @@ def test_choice_in_folders(tmp_path, monkeypatch):
     ]  # fmt: skip
     # the whole picture: J 1/2 and 1/4 for the horse and the man
     got = evaluate_choice(lambda d, items, c: [np.ones((9, 9))] * len(items), data, 3)["choice"]
-    assert [(r["J"], r["leak"], r["decides"]) for r in got.rows] == [(1 / 2, 1 / 4, True), (1 / 4, 1 / 2, False)]
+    assert [(r["J"], r["leak"], r["decides"]) for r in got.rows] == [
+        (1 / 2, 1 / 4, True),
+        (1 / 4, 1 / 2, False),
+    ]
     # neither copy of the picture may stand as an intruder in a set of the other class
     seen = set()
     for seed in range(6):
         evaluate_absent(
-            lambda d, items, c: [seen.add((c, d.keys[i])) or d.mask(i, [c]) for i in items], data, (1,), 3, seed
+            lambda d, items, c: [seen.add((c, d.keys[i])) or d.mask(i, [c]) for i in items],
+            data,
+            (1,),
+            3,
+            seed,
         )
-    assert {k for c, k in seen if c == "person" and k.startswith("horse")} == {"horse/10", "horse/20"}
-    assert {k for c, k in seen if c == "horse" and k.startswith("person")} == {"person/10", "person/20"}
+    assert {k for c, k in seen if c == "person" and k.startswith("horse")} == {
+        "horse/10",
+        "horse/20",
+    }
+    assert {k for c, k in seen if c == "horse" and k.startswith("person")} == {
+        "person/10",
+        "person/20",
+    }
 
 
-@pytest.mark.skipif("LCCO_DATA" not in os.environ, reason="LCCO_DATA is not set: no real photographs")
+@pytest.mark.skipif(
+    "LCCO_DATA" not in os.environ, reason="LCCO_DATA is not set: no real photographs"
+)
 def test_choice_on_photographs():
     data = load_data("pascal1037")
     got = evaluate_choice(lambda d, items, c: [d.mask(i, [c]) for i in items], data)["choice"]
-    assert got.summary["pictures"] == 107 and got.summary["skipped"] == 0  # counted by hashing the files by hand
+    assert (
+        got.summary["pictures"] == 107 and got.summary["skipped"] == 0
+    )  # counted by hashing the files by hand
     assert got.summary["J"] == 1 and got.summary["leak"] < 0.01 and got.summary["decides"] == 1
     assert got.summary["clean_mates"] > 0.9
 
 
-# -------------------------------------------------------------------------------------------- images without the object
+# ------------------------------------------------------------------------ images without the object
 def test_absent_by_hand():
     toy = two_classes(extra=5)  # 7 images show a, 7 show b; 5 lack a, 5 lack b
     calls = []
@@ -468,8 +551,11 @@ def test_absent_by_hand():
     assert sorted(got) == [0, 1, 3]
     for k, e in got.items():
         assert (e.summary["J_nonempty"], e.summary["J"]) == (1, 1)
-        assert e.protocol == f"absent-{k}" and e.summary["absent"] == k and e.summary["share"] == k / 5
-        # two sets a class: 5 images, of which k give way, and 2 new ones completed with 3, of which k give way
+        assert (
+            e.protocol == f"absent-{k}" and e.summary["absent"] == k and e.summary["share"] == k / 5
+        )
+        # two sets a class: 5 images, of which k give way, and 2 new ones completed with
+        # 3, of which k give way
         assert e.summary["groups"] == 4
         assert e.summary["empty"] == 4 * k
         assert e.summary["images"] == 2 * ((5 - k) + 2 + 2 * k)
@@ -494,9 +580,15 @@ def test_absent_limits():
     for bad in ((4,), (-1,), ()):
         with pytest.raises(LCCoError, match="0 to 3 of 5"):
             evaluate_absent(salient, toy, bad)
-    with pytest.raises(LCCoError, match="0 pictures lack `a`, 1 are needed"):
+    with pytest.raises(LCCoError, match="0 pictures lack `a`, not 1"):
         evaluate_absent(salient, Toy({f"a/{n}": bar(0, 1 / 2) for n in range(6)}), (1,))
     # a class of two images can spare none: only k = 0 has a set of it
-    small = Toy({f"{c}/{n}": value * bar(0, 1 / 2) for c, value in (("a", 1), ("b", 2)) for n in "12"})
+    small = Toy(
+        {f"{c}/{n}": value * bar(0, 1 / 2) for c, value in (("a", 1), ("b", 2)) for n in "12"}
+    )
     got = evaluate_absent(salient, small, (0, 1))
-    assert got[0].summary["images"] == 4 and got[1].summary["images"] == 0 and got[1].summary["J"] is None
+    assert (
+        got[0].summary["images"] == 4
+        and got[1].summary["images"] == 0
+        and got[1].summary["J"] is None
+    )

@@ -23,32 +23,29 @@ LEAST = 0.01  # choice: an object counts from this share of the image on
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one segmenter scored on one set under one protocol; shares in 0..1, None if no image.
-
-    `rows`: see `Protocol.row`; `summary`: `Protocol.summarise`, and `groups`, the sets that ran.
-    """
+    """What one segmenter scored on one set under one protocol; shares in 0..1, None if no image."""
 
     data: str
     digest: str  # of the data
     protocol: str
     group_size: int  # ignored by the protocols that take a whole class
     seed: int
-    summary: dict[str, Any]
-    rows: list[dict[str, Any]] = field(repr=False)  # by class, then key
+    summary: dict[str, Any]  # `Protocol.summarise`, and `groups`, the sets that ran
+    rows: list[dict[str, Any]] = field(repr=False)  # `Protocol.row`, by class, then key
 
 
 def evaluate_all(segment: Segmenter, data: CoSegData, protocols: Sequence[str],
                  group_size: int = 5, seed: int = 0) -> dict[str, Evaluation]:  # fmt: skip
     """Score a segmenter under several protocols, with one pass for those that share their groups.
 
-    The images of a class are sorted by key; `seed` draws the groups of `native`.
-    Raises: LCCoError for an unknown protocol, no images, or maps that are not in 0..1.
+    Images are taken by key; `seed` draws the groups of `native`. Raises: LCCoError for an unknown
+    protocol, a set without images, or maps that are not in 0..1.
     """
     scorer = _Scorer(segment, data, group_size, seed)
     chosen = {name: get_protocol(name) for name in protocols}
-    sets = []
+    sets, kinds = [], dict.fromkeys(p.grouping for p in chosen.values())
     for label, items in scorer.classes.items():
-        for kind in dict.fromkeys(p.grouping for p in chosen.values()):
+        for kind in kinds:
             names = [name for name, p in chosen.items() if p.grouping == kind]
             groups = chosen[names[0]].groups(items, group_size, seed, label)
             sets += [_Set(label, members, range(new), names) for members, new in groups]
@@ -74,8 +71,7 @@ def evaluate_choice(segment: Segmenter, data: CoSegData, group_size: int = 5,
     """
     if group_size < 2:
         raise LCCoError(f"the choice test needs sets of 2 or more, not {group_size}")
-    scorer = _Scorer(segment, data, group_size, seed)
-    plan, skipped = scorer.choices()
+    plan, skipped = (scorer := _Scorer(segment, data, group_size, seed)).choices()
     if not plan:
         raise LCCoError(f"data `{data.name}` has no picture of two classes that others show")
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in CHOICE}
@@ -102,10 +98,9 @@ def evaluate_absent(segment: Segmenter, data: CoSegData, absent: Sequence[int] =
 
     The sets are the seeded groups of `native` among the images that show the class; the last k give
     way to intruders (for k + 1 the same ones, plus one), and the order is shuffled. No label and no
-    folder says that an intruder holds the class. Sets with fewer than two other images are left out.
+    folder says that an intruder holds the class. Sets of fewer than two others are left out.
 
-    Returns: k → Evaluation with protocol `absent-k`, whose rows are the scored images and (`empty`)
-    the intruders; see its summary's `false_alarms`, `empty_area` and `J_nonempty`.
+    Returns: k → Evaluation `absent-k`, whose rows are the scored images and (`empty`) intruders.
     Raises: LCCoError for a k that leaves no two images, or a class that too few pictures lack.
     """
     if not absent or min(absent) < 0 or max(absent) > group_size - 2:
@@ -147,6 +142,7 @@ class _Scorer:
             raise LCCoError(f"data `{data.name}` has no images to evaluate")
         self.truth = lru_cache(512)(lambda i, label: data.mask(i, [label]))
         self.area = lambda i, label: float(np.mean(self.truth(i, label) == 1))
+        self.grey = lru_cache(512)(data.grey_truth)
 
     def maps(self, members: list[int], label: str) -> list[np.ndarray]:
         """The segmenter's maps; what is not one map of probabilities an image is refused."""
@@ -165,9 +161,8 @@ class _Scorer:
             maps = self.maps(one.members, one.label)
             for at in one.scored:
                 i = one.members[at]
-                for name in one.names:
-                    p = protocols[name]
-                    ready = p.truth(self.truth(i, one.label))
+                for name, p in ((name, protocols[name]) for name in one.names):
+                    ready = p.truth(self.truth(i, one.label), self.grey(i))
                     counts = count(p.binarise(maps[at], ready.shape), ready, p.ignore_void)
                     rows[name].append(p.row(self.data.keys[i], one.label, counts))
         return {
@@ -204,7 +199,7 @@ class _Scorer:
                 mates = shuffled(mates, self.seed, f"{picture} {wanted}")
                 mates.sort(key=lambda p: other in labels[p])  # stable
                 shown = (p for p in mates if self.area(holds[p][wanted], wanted))
-                kept = list(islice(shown, self.group_size - 1))
+                kept = [*islice(shown, self.group_size - 1)]
                 sets.append([own[wanted], *(holds[p][wanted] for p in kept)])
                 clean.append(sum(other not in labels[p] for p in kept))
             found.append(_Choice(picture, pair, sets, clean))
@@ -213,27 +208,27 @@ class _Scorer:
 
     def choice_rows(self, p: Protocol, one: _Choice, maps: list[np.ndarray]) -> list[dict]:
         """The two rows of a picture: the mask that each of its sets asked for."""
-        keys = [self.data.keys[members[0]] for members in one.sets]
-        ready = [p.truth(self.truth(s[0], c)) for s, c in zip(one.sets, one.pair, strict=True)]
+        asked = [(members[0], c) for members, c in zip(one.sets, one.pair, strict=True)]
+        ready = [p.truth(self.truth(i, c), self.grey(i)) for i, c in asked]
         masks = [p.binarise(values, ready[0].shape) for values in maps]
         counts = [[count(m, t, p.ignore_void) for t in ready] for m in masks]  # a mask, a truth
         J = [[c.jaccard(p.empty) for c in line] for line in counts]
-        agreement = count(masks[0], masks[1]).jaccard("one")
-        same = max(sum(line) / 2 for line in J)
-        both = {"picture": one.picture, "J_same": same, "agreement": agreement}
-        rows = [p.row(keys[n], one.pair[n], counts[n][n]) | both for n in (0, 1)]
-        for n, row in enumerate(rows):
-            leak = J[n][1 - n]
-            row.update(other=one.pair[1 - n], leak=leak, decides=J[n][n] > leak)
-        return rows
+        both = {"picture": one.picture, "J_same": max(sum(line) / 2 for line in J)}
+        both["agreement"] = count(masks[0], masks[1]).jaccard("one")
+        return [
+            p.row(self.data.keys[i], c, counts[n][n])
+            | {"other": one.pair[1 - n], "leak": J[n][1 - n], "decides": J[n][n] > J[n][1 - n]}
+            | both
+            for n, (i, c) in enumerate(asked)
+        ]
 
     def mixed_sets(self, ks: list[int]) -> list[_Set]:
         (holds, labels), sets = self.pictures(), []
         for label, items in self.classes.items():
             pool = [next(iter(own.values())) for p, own in holds.items() if label not in labels[p]]
             if len(pool) < ks[-1]:
-                few = f"{len(pool)} pictures lack `{label}`, {ks[-1]} are needed"
-                raise LCCoError(f"data `{self.data.name}`: {few}")
+                name = self.data.name
+                raise LCCoError(f"{name}: {len(pool)} pictures lack `{label}`, not {ks[-1]}")
             shown = shuffled([i for i in items if self.area(i, label)], self.seed, label)
             groups = consecutive_groups(shown, self.group_size, repeat=False)
             for n, (members, new) in enumerate(groups):
