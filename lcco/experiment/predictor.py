@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,10 @@ def build_model(experiment: Experiment, features: Features, vocabulary: Vocabula
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(experiment.seed)
         return LCCo(
-            backbone=features.backbone,
-            embedding_width=features.tower.width,
-            prompts=len(vocabulary.words),
-            logit_scale=features.tower.logit_scale,
+            backbone=features.backbone, embedding_width=features.tower.width,
+            prompts=len(vocabulary.words), logit_scale=features.tower.logit_scale,
             **{name: getattr(experiment.model, name) for name in names},
-        ).to(memory_format=torch.channels_last)
+        ).to(memory_format=torch.channels_last)  # fmt: skip
 
 
 class Predictor:
@@ -61,10 +59,8 @@ class Predictor:
         return_maps: bool = False,
     ) -> Output:  # fmt: skip
         """The network's `Output` for one set of items. cls: the true class, used with `gt` only."""
-        device = next(self.model.parameters()).device
-        if device.type != torch.device(self.features.device).type:
-            device = torch.device(self.features.device)
-            self.model.to(device)
+        device = self.features.device
+        self.model.to(device)
         images, maps = self.features.visual(data, items, keep=self.keep)
         target = None
         if self.gt and cls is not None:
@@ -104,25 +100,17 @@ def trained_state(model: LCCo) -> dict[str, Tensor]:
 
 
 def trained_on(experiment: Experiment) -> list[dict[str, Any]]:
-    """The data settings of every training behind a model: its own, and those of its starts."""
-    parts = [_data(experiment.data.model_dump(mode="json"))]
-    for start in (experiment.model.weights, experiment.train.start):
-        if about := about_start(start):
-            parts += [part for part in trained_on_of(about) if part not in parts]
-    return parts
+    """The data settings of every training behind a model: its own, then those of its starts."""
+    starts = map(about_start, (experiment.model.weights, experiment.train.start))
+    earlier = [part for about in starts if about for part in trained_on_of(about)]
+    return [experiment.data.model_dump(mode="json"), *earlier]
 
 
 def trained_on_of(about: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The same of a model file; older ones list names of training sets alone."""
+    """The same of a model file's description; older ones list names of training sets alone."""
     own = about["experiment"]["data"]
-    known = about.get("trained_on") or [own]
-    if isinstance(known[0], str):
-        known = [own | {"train": known}]
-    return [_data(part) for part in known]
-
-
-def _data(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: settings[k] for k in ("train", "holdout", "without", "counts") if settings.get(k)}
+    known = about.get("trained_on", [own])
+    return known if isinstance(known[0], dict) else [own | {"train": known}]
 
 
 def save_model(
@@ -145,11 +133,10 @@ def save_model(
 
 def read_experiment(tree: Mapping[str, Any]) -> Experiment:
     """The experiment in a model file or record; what older ones name and is constant now goes."""
-    tree = {k: dict(v) if isinstance(v, Mapping) else v for k, v in tree.items()}
-    for part, names in OLD.items():
-        for name in names:
-            tree.get(part, {}).pop(name, None)
-    return validated(Experiment, tree)
+    return validated(Experiment, {
+        part: {k: v for k, v in value.items() if k not in OLD.get(part, ())}
+        if isinstance(value, Mapping) else value for part, value in tree.items()
+    })  # fmt: skip
 
 
 def load_model(
@@ -166,7 +153,10 @@ def load_model(
     features = features or make_features(experiment, device)
     vocabulary = vocabulary or make_vocabulary(features.tower, experiment.tower)
     check_words(path, about, experiment, vocabulary)
-    _check_parts(path, about, features, changes)
+    if not any(key.startswith("tower.") for key in changes):
+        _check_part(path, "tower", features.tower.identity, about)
+    if features.backbone.frozen_stages and not any(key.startswith("model.") for key in changes):
+        _check_part(path, "backbone", features.backbone.identity, about)
     model = build_model(experiment, features, vocabulary)
     state = {k: v.float() if v.is_floating_point() else v for k, v in read_tensors(path).items()}
     if missing := set(trained_state(model)) - set(state):
@@ -189,19 +179,12 @@ def check_words(
         )
 
 
-def _check_parts(
-    path: str | Path, about: Mapping[str, Any], features: Features, changes: Iterable[str]
-) -> None:
-    parts = {"tower": features.tower.identity}
-    if features.backbone.frozen_stages:  # one that was trained whole is in the file
-        parts["backbone"] = features.backbone.identity
-    for part, now in parts.items():
-        asked = any(c.startswith("tower." if part == "tower" else "model.") for c in changes)
-        if not asked and about.get(part, now) != now:
-            raise LCCoError(
-                f"{path}: trained with another {part} ({about[part]}) than its settings give now "
-                f"({now}); put that {part}'s files back, or train again"
-            )
+def _check_part(path: str | Path, part: str, now: str, about: Mapping[str, Any]) -> None:
+    if about.get(part, now) != now:
+        raise LCCoError(
+            f"{path}: trained with another {part} ({about[part]}) than its settings give now "
+            f"({now}); put that {part}'s files back, or train again"
+        )
 
 
 def threads_of(features: Features) -> int:

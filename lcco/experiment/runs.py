@@ -48,20 +48,17 @@ PACKAGES = ("lcco", "torch", "torchvision", "open_clip_torch", "timm", "accelera
 
 # ---------------------------------------------------------------------------------- provenance
 def environment(root: Path | None = None) -> dict[str, Any]:
-    """Where something was computed: commit, machine, threads, versions.
+    """Where something was computed: commit, edits, machine, threads, versions.
 
-    commit: None where this is not the checkout that the code stands in. dirty: whether its code
-    had edits; None = unknown.
+    commit: None where the code does not stand in its own checkout. dirty: whether the code had
+    edits; None = unknown.
     """
     from importlib import metadata
 
-    root = root or Path(__file__).parents[2]
-
     def git(*words: str) -> str | None:
+        how = {"capture_output": True, "text": True, "timeout": 10, "check": True}
         try:
-            done = subprocess.run(
-                ["git", *words], cwd=root, capture_output=True, text=True, timeout=10, check=True
-            )
+            done = subprocess.run(["git", *words], cwd=root or Path(__file__).parents[2], **how)
         except (OSError, subprocess.SubprocessError):
             return None
         return done.stdout.strip()
@@ -92,7 +89,7 @@ def peak_memory_mb() -> int | None:
     return round(peak / (2**20 if sys.platform == "darwin" else 2**10))
 
 
-def _data_record(data: CoSegData | None) -> dict[str, Any] | None:
+def _described(data: CoSegData | None) -> dict[str, Any] | None:
     if data is None:
         return None
     digests = {"digest": data.digest(), "masks": data.truth_digest()}
@@ -143,7 +140,6 @@ class Run:
 
         return pd.read_json(self.path / "metrics.jsonl", lines=True)
 
-    # ------------------------------------------------------------------ what it was trained on
     @cached_property
     def training(self) -> tuple[CoSegData, CoSegData | None] | None:
         """Its training set and holdout as they stand now; None where they are gone.
@@ -154,13 +150,13 @@ class Run:
             sets = training_data(self.experiment)
         except LCCoError:
             return None
-        for kind, now in zip(("data", "holdout"), sets, strict=True):
-            then, found = self.record.get(kind), _data_record(now)
+        for kind, now in zip(("data", "holdout"), map(_described, sets), strict=True):
+            then = self.record.get(kind) or now
             for part, what in (("digest", "pictures"), ("masks", "masks")):
-                if then and found and then[part] != found[part]:
-                    mend = "put them back, remove the run to train again, or name the new one apart"
-                    said = f"{what} of {now.name} were edited since it was trained"
-                    raise LCCoError(f"{self.path}: {said}; {mend} (--set name=...)")
+                if now and then[part] != now[part]:
+                    said = f"{what} of {now['name']} were edited since it was trained"
+                    mend = "put them back, or train anew: remove the run, or name the new one apart"
+                    raise LCCoError(f"{self.path}: {said}; {mend}")
         return sets
 
     def overlap(self, test: CoSegData) -> int:
@@ -176,31 +172,26 @@ class Run:
 
     def _seen(self, test: CoSegData) -> dict[str, int]:
         _ = self.training  # must not be edited
-        file = self._file("overlap", test)
+        file, seen, whole = self._file("overlap", test), {"train": set(), "holdout": set()}, True
         if file.is_file():
             return read_json(file)
-        own, *starts = self.record["trained_on"]
-        found: dict[str, set[int]] = {"train": set(), "holdout": set()}
-        whole = True
-        for part in (own, *starts):
-            how = {"without": part.get("without", ()), "counts": part.get("counts", {})}
-            for kind, pictures in found.items():
+        for n, part in enumerate(self.record["trained_on"]):
+            how = {"without": part.get("without", ()), "counts": part.get("counts")}
+            for kind in [kind for kind in seen if part.get(kind)]:
                 try:
-                    sets = load_data(part[kind], **how) if part.get(kind) else None
+                    pairs = overlap(load_data(part[kind], **how), test)
+                    seen[kind] |= {j for _, j in pairs}
                 except LCCoError as error:
-                    if part is own and kind == "train":
-                        what = f"so it cannot be told whether it has seen pictures of {test.name}"
-                        raise LCCoError(f"{self.path.name}: {error}; {what}") from None
-                    what, whole = f"{', '.join(part[kind])} is not here", False
-                    print(f"{self.path.name}: {what} to compare with", file=sys.stderr, flush=True)
-                else:
-                    pictures |= {j for _, j in overlap(sets, test)} if sets else set()
-        counts = {kind: len(pictures) for kind, pictures in found.items()}
+                    said = f"whether {self.path.name} has seen {test.name} is unknown"
+                    if n == 0 and not self.file:
+                        raise LCCoError(f"{said}: {error}") from None
+                    print(f"{said}: {error}", file=sys.stderr, flush=True)
+                    whole = False
+        counts = {kind: len(pictures) for kind, pictures in seen.items()}
         if whole:
             write_json(file, counts)
         return counts
 
-    # ------------------------------------------------------------------ what is measured of it
     def evaluate(
         self, test: CoSegData, protocols: str | Sequence[str] = "ufo", group_size: int = 5, *,
         k: int | None = None, gt: bool = False, allow_overlap: bool = False,
@@ -210,7 +201,7 @@ class Run:
         Raises: LCCoError if the model has seen pictures of the set, unless `allow_overlap`.
         """
         protocols = [protocols] if isinstance(protocols, str) else list(protocols)
-        if (seen := self.overlap(test)) and not allow_overlap:
+        if not allow_overlap and (seen := self.overlap(test)):
             what = f"was trained on {seen} of the {len(test)} pictures of {test.name}"
             mend = "use another test set, or --allow-overlap to see its score all the same"
             raise LCCoError(f"{self.path.name} {what}; {mend}")
@@ -222,7 +213,7 @@ class Run:
             found = evaluate_all(predictor, test, plain, group_size) if plain else {}
             if len(plain) < len(missing):
                 found |= evaluate_choice(predictor, test, group_size)
-            by = {"scored_by": environment(), "scored_on": _data_record(test)}
+            by = {"scored_by": environment(), "scored_on": _described(test)}
             for p in missing:
                 write_json(files[p], asdict(found[p]) | by)
         names = [f.name for f in fields(Evaluation)]
@@ -288,39 +279,39 @@ def get_run(experiment: Experiment) -> Run:
     return run
 
 
-def _trainer(experiment: Experiment, path: Path) -> Trainer:
+def _trainer(experiment: Experiment) -> Trainer:
     data, holdout = training_data(experiment)
     if both := set(experiment.data.train) & set(experiment.data.holdout):
-        what = f"`data.holdout` names {', '.join(sorted(both))}, as `data.train` does"
-        print(f"{what}: weights are chosen on pictures of training", file=sys.stderr, flush=True)
-    features = make_features(experiment)
+        said = f"`data.holdout` names {', '.join(sorted(both))}, as `data.train` does"
+        print(f"{said}: weights are chosen on pictures of training", file=sys.stderr, flush=True)
+    features, path = make_features(experiment), place("runs") / experiment.run_name
     vocabulary = make_vocabulary(features.tower, experiment.tower)
     return Trainer(experiment, path, features, vocabulary, data, holdout)
 
 
 def _train(experiment: Experiment, path: Path) -> None:
-    began, trainer, here = time.monotonic(), _trainer(experiment, path), environment()
-    main, config, machines = trainer.accelerator.is_main_process, path / "config.json", []
+    began, trainer, here = time.monotonic(), _trainer(experiment), environment()
+    main, config, before = trainer.accelerator.is_main_process, path / "config.json", []
+    tree = experiment.model_dump(mode="json")
     if main:
         if trainer.checkpoint.is_file() and config.is_file():
-            machines = [m for m in read_json(config)["machines"] if m != here]
-        tree = experiment.model_dump(mode="json")
-        write_json(config, {"experiment": tree, "machines": [*machines, here]})
-    summary = trainer.fit()
+            before = [m for m in read_json(config)["machines"] if m != here]
+        write_json(config, {"experiment": tree, "machines": [*before, here]})
+    summary, run = trainer.fit(), Run(path, experiment)
     if not main:
         return
-    run = Run(path, experiment)
     write_json(path / "record.json", {
         "experiment": tree, "hash": experiment.hash, "training_version": TRAINING_VERSION,
-        "environment": here, "begun_on": machines, "data": _data_record(trainer.data),
-        "holdout": _data_record(trainer.holdout), "trained_on": trained_on(experiment),
+        "environment": here, "begun_on": before, "data": _described(trainer.data),
+        "holdout": _described(trainer.holdout), "trained_on": trained_on(experiment),
         "tower": trainer.features.tower.identity, "backbone": trainer.features.backbone.identity,
         "vocabulary_hash": trainer.vocabulary.hash, "weights": run.weights.name,
-        "weights_sha256": file_digest(run.weights, 64), "training": summary,
+        "weights_sha256": file_digest(run.weights, 64),
         "seconds": round(time.monotonic() - began + summary.pop("seconds_before"), 1),
         "peak_memory_mb": peak_memory_mb(), "processes": trainer.accelerator.num_processes,
+        "training": summary,
     })  # fmt: skip
-    trainer.checkpoint.unlink(missing_ok=True)  # only now: a kill before loses nothing
+    trainer.checkpoint.unlink(missing_ok=True)  # only now: a kill before this loses nothing
 
 
 def _stored(path: Path) -> Run:
@@ -328,8 +319,7 @@ def _stored(path: Path) -> Run:
     try:
         return Run(path, read_experiment(record["experiment"]), record)
     except (KeyError, TypeError, AttributeError):
-        what = f"damaged; remove {path} to train again"
-        raise LCCoError(f"{path / 'record.json'}: {what}") from None
+        raise LCCoError(f"{path / 'record.json'}: damaged; remove {path} to train again") from None
 
 
 def open_run(name: str | Path) -> Run:
@@ -337,22 +327,11 @@ def open_run(name: str | Path) -> Run:
 
     Raises: LCCoError naming what there is where it is not found, or not finished.
     """
-    path, store = Path(name).expanduser(), place("runs")
+    path = Path(name).expanduser()
     if str(name) == "shipped" or path.is_file():
         return _from_file(model_file(str(name)))
     if not path.is_dir():
-        if path.name != str(name):
-            raise LCCoError(f"{path}: no such run folder or model file")
-        found = [p.parent for p in sorted(store.glob("*/record.json"))]
-        found = [p for p in found if p.name.startswith(path.name)]
-        current = [p for p in found if p.name == _stored(p).experiment.run_name] or found
-        if len(current) != 1:
-            there = ", ".join(p.name for p in current) or ", ".join(
-                p.parent.name for p in sorted(store.glob("*/record.json"))
-            )
-            what = f"several runs are called `{name}`: {there}; give more of the name"
-            raise LCCoError(what if current else f"no run is called `{name}`; there are: {there}")
-        path = current[0]
+        path = _by_name(str(name))
     if not (path / "record.json").is_file():
         what = "holds no finished run (no record.json); start its training again and it goes on"
         raise LCCoError(f"{path}: {what}")
@@ -362,66 +341,78 @@ def open_run(name: str | Path) -> Run:
     return run
 
 
+def _by_name(name: str) -> Path:
+    done = [file.parent for file in sorted(place("runs").glob("*/record.json"))]
+    found = [p for p in done if p.name.startswith(name)]
+    # A run of older code stands back behind one of the same name made by this code.
+    found = [p for p in found if _stored(p).experiment.run_name == p.name] or found
+    if len(found) == 1:
+        return found[0]
+    names = ", ".join(p.name for p in found or done) or "none"
+    if found:
+        raise LCCoError(f"several runs are called `{name}`: {names}; give more of the name")
+    raise LCCoError(f"no run, folder or model file is called `{name}`; runs there are: {names}")
+
+
 def _from_file(file: Path) -> Run:
     """A model file as a run, whose scores are kept in the run store."""
     about, sha = read_about(file), file_digest(file, 64)
     record = {k: v for k, v in about.items() if k != "words"}
-    record |= {"weights": str(file), "weights_sha256": sha, "trained_on": trained_on_of(about)}
+    record |= {"weights": file.name, "weights_sha256": sha, "trained_on": trained_on_of(about)}
     experiment = read_experiment(about["experiment"])
     return Run(place("runs") / f"{file.stem}-{sha[:10]}", experiment, record, file)
 
 
+# ---------------------------------------------------------------------------------- what it costs
 def estimate(experiment: Experiment, steps: int = 3) -> dict[str, Any]:
     """What a training will be: sizes, and seconds from a few steps timed on random pictures.
 
     Nothing is kept. Where a run that differs in name or seed alone is done, its record counts.
     Raises: LCCoError for what training would refuse.
     """
-    d, t = experiment.data, experiment.train
-    trainer = _trainer(experiment, place("runs") / experiment.run_name)
-    if t.start:
+    d, m, trainer = experiment.data, experiment.model, _trainer(experiment)
+    if experiment.train.start:
         start_from(trainer.model, experiment, trainer.vocabulary)
-    features, data = trainer.features, trainer.data
-    shape, began = (d.groups, d.group_size), time.monotonic()
-    features.tower.encode_images(data.image(i) for i in range(min(4, len(data))))
-    per_picture = (time.monotonic() - began) / min(4, len(data))
+    features, data, shape = trainer.features, trainer.data, (d.groups, d.group_size)
+    began, some = time.monotonic(), range(min(4, len(data)))
+    features.tower.encode_images(data.image(i) for i in some)
+    embedding = (time.monotonic() - began) / len(some)  # seconds a picture
     images, began = torch.rand(d.groups * d.group_size, 3, d.size, d.size), time.monotonic()
-    maps = [m.unflatten(0, shape) for m in features.frozen_maps(images)] or None
-    per_picture += (time.monotonic() - began) / len(images) * (1 + d.flip)
+    maps = [x.unflatten(0, shape) for x in features.frozen_maps(images)] or None
+    embedding += (time.monotonic() - began) / len(images) * (1 + d.flip)
     batch = Batch(
         None if maps else images.unflatten(0, shape), maps,
         torch.randn(*shape, features.tower.width), (images[:, 0] > 0.7).byte().unflatten(0, shape),
         torch.ones(shape, dtype=torch.bool), torch.zeros(d.groups, dtype=torch.long),
     ).to(trainer.accelerator.device)  # fmt: skip
     with deterministic(threads_of(features)):
-        for step in range(steps + 1):  # the first one warms up
-            began = began if step > 1 else time.monotonic()
+        trainer.step(batch)  # warms up
+        began = time.monotonic()
+        for _ in range(steps):
             trainer.step(batch)
-        seconds = (time.monotonic() - began) / steps * t.steps
-    stored = sum(m[0, 0].numel() for m in maps or ()) * 2 * len(data) * (1 + d.flip)
-    stored += (len(data) + len(features.rows(data))) * features.tower.width * 4
-    frozen = f"{experiment.model.backbone} ({experiment.model.frozen_stages} of 4 stages frozen)"
-    record = _alike(experiment)
-    total = record.get("seconds", per_picture * len(data) + seconds)
+        seconds = (time.monotonic() - began) / steps * experiment.train.steps
+    stored = sum(x[0, 0].numel() for x in maps or ()) * 2 * len(data) * (1 + d.flip)
+    alike = _alike(experiment)
     return {
         "run": experiment.run_name, "trained before": find_run(experiment) is not None,
         "images": len(data), "classes": len(data.groups), "words": len(trainer.vocabulary.words),
         "trained parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
-        "steps": t.steps, "images a step": len(images), "cache MB": round(stored / 2**20),
-        "memory MB": record.get("peak_memory_mb", peak_memory_mb()), "backbone": frozen,
-        "embedding seconds": round(per_picture * len(data), 1),
-        "training seconds": round(seconds, 2), "estimate": duration(total),
-        "estimated from": "a finished run like it" if record else f"{steps} steps on this machine",
+        "backbone": f"{m.backbone} ({m.frozen_stages} of 4 stages frozen)",
+        "steps": experiment.train.steps, "images a step": len(images),
+        "cache MB": round(stored / 2**20),
+        "memory MB": alike.get("peak_memory_mb", peak_memory_mb()),
+        "embedding seconds": round(embedding * len(data), 1), "training seconds": round(seconds, 2),
+        "estimate": duration(alike.get("seconds", embedding * len(data) + seconds)),
+        "estimated from": "a finished run like it" if alike else f"{steps} steps on this machine",
     }  # fmt: skip
 
 
 def _alike(experiment: Experiment) -> dict[str, Any]:
     """The record of a finished run that differs in name or seed alone, if there is one."""
-    wanted = experiment.replace(seed=0).hash
     for file in sorted(place("runs").glob("*/record.json")):
         with contextlib.suppress(LCCoError):
             run = _stored(file.parent)
-            same = run.record.get("training_version") == TRAINING_VERSION
-            if same and run.experiment.replace(seed=0).hash == wanted:
+            current = run.record.get("training_version") == TRAINING_VERSION
+            if current and run.experiment.replace(seed=experiment.seed).hash == experiment.hash:
                 return run.record
     return {}

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -84,37 +82,32 @@ class Trainer:
         self.experiment, self.folder = experiment, Path(folder)
         self.features, self.vocabulary = features, vocabulary
         self.data, self.holdout = data, holdout
+        self.checkpoint = self.folder / "checkpoint.pt"
         # Autocast is switched on in `step` alone, so that validation runs as later scoring does.
         unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-        self.accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[unused])
-        self.model = build_model(experiment, features, vocabulary).to(self.accelerator.device)
-        t, d = experiment.train, experiment.data
-        named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for n, p in named if not n.startswith("backbone.")], "lr": t.lr},
-            {"params": [p for n, p in named if n.startswith("backbone.")], "lr": t.backbone_lr},
-        ]
-        groups = [g for g in groups if g["params"]]
-        self.rates = [g["lr"] for g in groups]
-        optimizer = torch.optim.AdamW(groups, weight_decay=t.weight_decay)
-        self.net, self.optimizer = self.accelerator.prepare(self.model, optimizer)
-        processes = self.accelerator.num_processes
+        self.accelerator = a = Accelerator(mixed_precision="no", kwargs_handlers=[unused])
+        self.model = build_model(experiment, features, vocabulary).to(a.device)
+        self.net, self.optimizer = a.prepare(self.model, self._optimizer())
+        d, names = experiment.data, ("class_sampling", "paired", "absent", "flip", "crop")
         self.sampler = GroupSampler(
-            data, groups=d.groups * processes, group_size=d.group_size, seed=experiment.seed,
-            class_sampling=d.class_sampling, paired=d.paired, absent=d.absent, flip=d.flip,
-            crop=d.crop,
+            data, groups=d.groups * a.num_processes, group_size=d.group_size, seed=experiment.seed,
+            **{name: getattr(d, name) for name in names},
         )  # fmt: skip
-        self.mine = slice(self.accelerator.process_index, None, processes)  # of a step's groups
-        self.text = vocabulary.embeddings.to(self.accelerator.device)
+        self.mine = slice(a.process_index, None, a.num_processes)  # of a step's groups
+        self.text = vocabulary.embeddings.to(a.device)
         self.state: dict[str, Any] = {"step": 0, "best": -1.0, "best_step": 0, "seconds": 0.0}
+        self.ema: dict[str, Tensor] | None = None
         self.sums: dict[str, Tensor] = {}  # of the losses since the last line of the log
         self.summed = 0
-        self.ema: dict[str, Tensor] | None = None
 
-    @property
-    def checkpoint(self) -> Path:
-        """Where the training can be gone on from."""
-        return self.folder / "checkpoint.pt"
+    def _optimizer(self) -> torch.optim.Optimizer:
+        t, groups = self.experiment.train, {False: [], True: []}
+        for name, p in self.model.named_parameters():
+            if p.requires_grad:
+                groups[name.startswith("backbone.")].append(p)
+        rates = [(groups[False], t.lr), (groups[True], t.backbone_lr)]
+        rates = [{"params": p, "lr": lr, "full_lr": lr} for p, lr in rates if p]
+        return torch.optim.AdamW(rates, weight_decay=t.weight_decay)
 
     def fit(self, stop_at: int | None = None) -> dict[str, Any]:
         """Train from the checkpoint, if there is one, to the last step, or to `stop_at`.
@@ -123,38 +116,36 @@ class Trainer:
         of data that were edited since, and where the loss is not finite.
         """
         self.restore()
-        before = self.state["seconds"]
-        e, t = self.experiment, self.experiment.train
+        e, steps, earlier = self.experiment, self.experiment.train.steps, self.state["seconds"]
         background = e.loss.mask_background if v_gt_source(e) == "tower" else None
         self.features.prepare(self.data, flip=e.data.flip, truths=True, background=background)
         if self.holdout:
             self.features.prepare(self.holdout)
-        last = min(stop_at or t.steps, t.steps)
-        threads = threads_of(self.features)
-        with deterministic(threads), ThreadPoolExecutor(1) as loader:
-            self._loop(range(self.state["step"], last), loader)
-        if self.state["step"] >= t.steps:
+        with deterministic(threads := threads_of(self.features)), ThreadPoolExecutor(1) as loader:
+            self._loop(range(self.state["step"], min(stop_at or steps, steps)), loader)
+        if self.state["step"] >= steps:
             self._save_weights("last.safetensors")
-        counts = [p.numel() for p in self.model.parameters() if p.requires_grad]
-        more = {"parameters": sum(counts), "threads": threads, "seconds_before": before}
+        learned = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        more = {"parameters": learned, "threads": threads, "seconds_before": earlier}
         return self.state | more
 
     def _loop(self, steps: range, loader: ThreadPoolExecutor) -> None:
-        t, began, saved = self.experiment.train, time.monotonic(), time.monotonic()
-        what = f"training {self.experiment.name} (seed {self.experiment.seed})"
+        """The steps; the loader makes a batch while the one before is learned from."""
+        began = saved = time.monotonic()
         coming = loader.submit(self.batch, steps.start) if steps else None
-        for step in progress(steps, what):
-            now = coming.result().to(self.accelerator.device)
-            coming = loader.submit(self.batch, step + 1) if step + 1 in steps else None
-            for name, part in self.step(now).items():
+        what = f"training {self.experiment.name} (seed {self.experiment.seed})"
+        for n in progress((step + 1 for step in steps), what, len(steps)):
+            batch = coming.result().to(self.accelerator.device)
+            coming = loader.submit(self.batch, n) if n in steps else None
+            for name, part in self.step(batch).items():
                 self.sums[name] = self.sums.get(name, 0) + part
             self.summed += 1
-            due = (step + 1) % t.eval_every == 0 or step + 1 == t.steps
-            if due or (step + 1) % LOG_EVERY == 0:
+            due = n % self.experiment.train.eval_every == 0 or n == self.experiment.train.steps
+            if due or n % LOG_EVERY == 0:
                 self._log(due)
             # Only where the sums begin anew, so that a log is the same however a run was cut.
-            rest = time.monotonic() - saved > 60 and (step + 1) % LOG_EVERY == 0
-            if rest or due or step + 1 == steps.stop:
+            rest = time.monotonic() - saved > 60 and n % LOG_EVERY == 0
+            if rest or due or n == steps.stop:
                 self.state["seconds"] += time.monotonic() - began
                 began = saved = time.monotonic()
                 self.save()
@@ -168,25 +159,23 @@ class Trainer:
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         """One step of the optimiser. Returns the loss and its parts."""
-        e, device = self.experiment, self.accelerator.device
+        e, a = self.experiment, self.accelerator
         self.net.train()
-        with torch.autocast(device.type, torch.bfloat16, enabled=e.train.precision == "bf16"):
+        with torch.autocast(a.device.type, torch.bfloat16, enabled=e.train.precision == "bf16"):
             out = self.net(
                 batch.images, batch.embeddings, self.text, maps=batch.maps, present=batch.present,
                 target=self._given(batch),
             )  # fmt: skip
-        loss, parts = total_loss(
-            out, batch.truth, batch.present, batch.true, lambda_cs=e.loss.lambda_cs,
-            lambda_c=e.loss.lambda_c, lc_reduction=e.loss.lc_reduction, bce=e.loss.bce,
-        )  # fmt: skip
-        if self.accelerator.num_processes > 1:  # they wait for the gradient of every output
+        weights = e.loss.model_dump(include={"lambda_cs", "lambda_c", "lc_reduction", "bce"})
+        loss, parts = total_loss(out, batch.truth, batch.present, batch.true, **weights)
+        if a.num_processes > 1:  # they wait for the gradient of every output
             every = (out.logits, out.coarse, out.class_logits)
             loss = loss + 0 * sum(o.float().sum() for o in every if o is not None)
-        self.accelerator.backward(loss)
+        a.backward(loss)
         if e.train.clip:
-            self.accelerator.clip_grad_norm_(self.net.parameters(), e.train.clip)
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * learning_rate(e, self.state["step"])
+            a.clip_grad_norm_(self.net.parameters(), e.train.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["full_lr"] * learning_rate(e, self.state["step"])
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.state["step"] += 1
@@ -215,20 +204,13 @@ class Trainer:
             self.ema[k].copy_(now[k])
 
     def validate(self) -> float:
-        """J on the holdout of the weights that would be saved, as `Run.predictor` would score."""
-        with self._averaged():
-            predictor = Predictor(self.model, self.features, self.vocabulary)
-            return holdout_score(predictor, self.holdout, self.experiment.data.group_size)
-
-    @contextlib.contextmanager
-    def _averaged(self) -> Iterator[None]:
-        """The model with the averaged weights inside, its own again afterwards."""
+        """J on the holdout of the weights that would be saved, as a run's predictor would score."""
         own = {k: v.detach().clone() for k, v in trained_state(self.model).items()}
         self.model.load_state_dict(self.ema or own, strict=False)
-        try:
-            yield
-        finally:
-            self.model.load_state_dict(own, strict=False)
+        predictor = Predictor(self.model, self.features, self.vocabulary)
+        score = holdout_score(predictor, self.holdout, self.experiment.data.group_size)
+        self.model.load_state_dict(own, strict=False)
+        return score
 
     def _log(self, due: bool) -> None:
         """A line of `metrics.jsonl`: mean losses since the line before; where due, holdout J."""
@@ -236,7 +218,7 @@ class Trainer:
         sums = torch.stack([self.sums.get(name, zero) for name in LOSSES])
         sums = self.accelerator.reduce(sums, "mean").tolist()  # over processes
         line = {k: v / self.summed for k, v in zip(LOSSES, sums, strict=True) if k in self.sums}
-        line |= {"step": step, "lr": self.rates[0] * learning_rate(self.experiment, step)}
+        line |= {"step": step, "lr": self.optimizer.param_groups[0]["lr"]}
         self.sums, self.summed = {}, 0
         if not math.isfinite(line["loss"]):
             said = f"the loss is {line['loss']} at step {step}"
@@ -253,10 +235,11 @@ class Trainer:
 
     def _save_weights(self, name: str) -> None:
         if self.accelerator.is_main_process:
-            about = {k: self.state[k] for k in ("step", "best", "best_step")}
+            step, best = self.state["step"], self.state["best"]
             save_model(
                 self.folder / name, self.ema or trained_state(self.model), self.experiment,
-                self.features, self.vocabulary, **about,
+                self.features, self.vocabulary, step=step,
+                holdout_J=best if step == self.state["best_step"] else None,
             )  # fmt: skip
 
     def save(self) -> None:
@@ -269,25 +252,27 @@ class Trainer:
 
     def restore(self) -> None:
         """Take up the checkpoint, or begin: from the seed's weights or from `train.start`."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         log, saved = self.folder / "metrics.jsonl", self._read_checkpoint()
         if saved is None and self.experiment.train.start:
             start_from(self.model, self.experiment, self.vocabulary)
-        if saved is None and self.accelerator.is_main_process:  # what an abandoned start left
-            (self.folder / "best.safetensors").unlink(missing_ok=True)
-        if self.experiment.train.ema:
-            self.ema = {k: v.detach().clone() for k, v in trained_state(self.model).items()}
-        if saved is not None:
-            try:
+        try:
+            if saved is not None:
                 self.model.load_state_dict(saved["model"], strict=False)
                 self.optimizer.load_state_dict(saved["optimizer"])
-                for key, value in (self.ema or {}).items():
-                    value.copy_(saved["ema"][key])
-            except (KeyError, ValueError, RuntimeError, TypeError):
-                what = "from other settings; remove it and start again"
-                raise LCCoError(f"{self.checkpoint}: {what}") from None
-            self.state = saved["state"]
-        if log.is_file() and self.accelerator.is_main_process:
+                self.state = saved["state"]
+            if self.experiment.train.ema:
+                now = saved["ema"] if saved else trained_state(self.model)
+                device = self.accelerator.device
+                self.ema = {k: v.detach().clone().to(device) for k, v in now.items()}
+        except (KeyError, ValueError, RuntimeError, TypeError, AttributeError):
+            what = "from other settings; remove it and start again"
+            raise LCCoError(f"{self.checkpoint}: {what}") from None
+        if not self.accelerator.is_main_process:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if saved is None:  # of a start that was given up
+            (self.folder / "best.safetensors").unlink(missing_ok=True)
+        if log.is_file():
             lines = [n for n in log.read_text(encoding="utf-8").splitlines() if n.endswith("}")]
             kept = [n for n in lines if json.loads(n)["step"] <= self.state["step"]]
             write_text(log, "".join(f"{n}\n" for n in kept))
