@@ -1,573 +1,381 @@
-"""Table 5's rivals: foundation models, and clustering without any training, as co-segmenters behind one interface.
+"""Table 5's rivals: foundation models, and clustering without training, scored as runs are.
 
-`make_baseline(name, inputs)` gives a `Baseline`, which is a Segmenter: `baseline(data, items, cls)` yields one mask an
-image. Only rows named GT look at `cls` or at the truth. Weights are found by `find_weights`; whoever has them gets the
-row by naming them. A model sees each picture once: what it found is kept as run-length codes (some kB an image), so
-that the masks of a large set never pile up.
+A rival has a run's `evaluate`, `path` and `record`, and is a Segmenter itself. Its weights are
+looked for when a mask is asked for. Only rows named GT look at the true class or mask.
 """
 
 from __future__ import annotations
 
-import json
-import sys
-import tempfile
-from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
 from lcco import backbones
-from lcco.common import LCCoError, digest, file_digest, place, progress, write_json
-from lcco.config import Profile, build, nearest
+from lcco.common import LCCoError, Missing, digest, file_digest, one_line, place
 from lcco.data import CoSegData
-from lcco.evaluate import Evaluation, evaluate_all
-from lcco.inputs import Inputs
-from lcco.semantics import prompts, target_word, vocabulary
+from lcco.experiment.evaluate import CHOICE, Evaluation, evaluate_all, evaluate_choice
+from lcco.experiment.features import Features
+from lcco.semantics import Vocabulary, prompts, target_word, vocabulary
+from lcco.store import kept
 
-if TYPE_CHECKING:
-    from lcco.runs import Run
-
-# Hub name @ commit. A commit pins what a row measured; the models' pages tell under which terms they are given.
+# A commit pins what a row measured; the models' pages tell under which terms they are given.
 HUB = {
     "sam": "facebook/sam-vit-huge@87aecf0df4ce6b30cd7de76e87673c49644bdf67",
-    "sam2": "facebook/sam2.1-hiera-large@665f8e2ad61cf5f53d65644ff27c8ee525124610",
     "sam3": "facebook/sam3@3c879f39826c281e95690f02c7821c4de09afae7",
-    "mask2former": "facebook/mask2former-swin-large-coco-panoptic@85b535928a783691eaf27467a573b26d543336ea",
-    "oneformer": "shi-labs/oneformer_coco_swin_large@3a263017ca5c75adbea145f25f81b118243d4394",
     "clipseg": "CIDAS/clipseg-rd64-refined@999e0328d9e10b484360c477313983f9afdd7050",
-    "grounding-dino": "IDEA-Research/grounding-dino-base@12bdfa3120f3e7ec7b434d90674b3396eccf88eb",
 }
-BY_HAND = {
-    "seem": "SEEM is not on a package index: put its checkout and its requirements on PYTHONPATH and name its weights "
-    "file (seem_focall_v1.pt or seem_focalt_v2.pt)",
-    "saliency": "name a TorchScript file of U²-Net or a network like it (image [1, 3, 320, 320] → map)",
-}
-KEPT = 256  # pictures whose findings are kept: a class of any of the test sets, so that two protocols share them
-FORM = 1  # raise it when a baseline's masks change, so that no old score is taken for a new one
-
-Fill = Literal["white", "black", "keep"]
-Vote = Literal["sum", "majority"]
+SEEM_HOW = (
+    "SEEM is on no package index: put its checkout and its requirements on PYTHONPATH, and name "
+    "its weights file (seem_focall_v1.pt or seem_focalt_v2.pt)"
+)
+KEPT = 256  # pictures whose findings stay in memory, so that two protocols share them
+FORM = 2  # raise it when masks change, so that no old score is taken for a new one
 
 
-class Absent(LCCoError):
-    """Weights (or SEEM's own code) that are not on this machine: `what` lacks, and `how` to get it."""
-
-    def __init__(self, what: str, how: str) -> None:
-        super().__init__(f"weights {what} not found: {how}")
-        self.what, self.how = what, how
-
-
-# ------------------------------------------------------------------------------------------------------------- weights
-@lru_cache
-def _hub_answers(endpoint: str) -> bool:
-    return backbones.reachable(endpoint)
-
-
+# ------------------------------------------------------------------------------------------ weights
 def find_weights(model: str, where: str | None = None) -> Path:
-    """The local folder (or file) of a model's weights: `where` is a path or `repository@commit`, by default `HUB`'s.
+    """The folder or file of a model's weights: a path, or `repository@commit` (default: HUB's).
 
-    What the hub's cache lacks is downloaded once, unless LCCO_OFFLINE or HF_HUB_OFFLINE is set.
-    Raises: Absent within seconds; LCCoError for a hub name without a commit.
+    What the hub's cache lacks is downloaded once. Raises: Missing within seconds.
     """
-    where = str(where or HUB.get(model, ""))
-    path = Path(where).expanduser()
+    where = where or HUB.get(model, "")
+    path, (repo, _, commit) = Path(where).expanduser(), where.partition("@")
     if where and path.exists():
         return path
-    if model in BY_HAND:
-        raise Absent(where or model, BY_HAND[model])
-    repo, _, commit = where.partition("@")
-    if where[0] in "./~" or repo.count("/") != 1:
-        raise Absent(path.name, f"{path} is not there; name the folder that holds config.json and model.safetensors")
     if not commit:
-        raise LCCoError(f"weights `{repo}`: name the commit too, `{repo}@<commit>`, so that the row says what it is")
-    from huggingface_hub import constants, snapshot_download
+        how = f"there is no {path}; name a local folder, or `repository@commit` of the hub"
+        raise Missing("weights", path.name or model, SEEM_HOW if model == "seem" else how)
+    try:
+        return _snapshot(repo, commit, local_files_only=True)
+    except Exception:  # not in the cache; the hub has many exceptions for it
+        how = f"`hf download {repo} --revision {commit}`, or name a local folder"
+        page = "https://huggingface.co"
+        return backbones.fetch(repo, page, how, lambda: _snapshot(repo, commit))
 
-    plain = ["*.json", "*.txt", "*.safetensors"]
-    try:
-        folder = Path(snapshot_download(repo, revision=commit, local_files_only=True))
-        if (folder / "config.json").is_file() and any(folder.glob("*model*.*")):
+
+def _snapshot(repo: str, commit: str, **how: Any) -> Path:
+    """A repository's folder in the hub's cache; the older form of weights where it has no other."""
+    from huggingface_hub import snapshot_download
+
+    for kind in ("*.safetensors", "pytorch_model*.bin"):
+        wanted = ["*.json", "*.txt", kind]
+        folder = Path(snapshot_download(repo, revision=commit, allow_patterns=wanted, **how))
+        if any(folder.glob(kind)):
             return folder
-    except (OSError, ValueError):  # not in the cache; the hub's errors are OSErrors or ValueErrors
-        pass
-    how = f"`hf download {repo} --revision {commit}`, or name a local folder"
-    if backbones.offline() or not _hub_answers(constants.ENDPOINT):
-        raise Absent(repo, how)
-    try:
-        folder = Path(snapshot_download(repo, revision=commit, allow_patterns=plain))
-        if not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(repo, revision=commit, allow_patterns=[*plain, "pytorch_model*.bin"]))
-    except Exception as error:  # gated, moved, out of disk: each has its own
-        raise Absent(repo, f"{how} (the download failed: {type(error).__name__})") from None
-    return folder
+    raise FileNotFoundError(repo)
 
 
 def _fingerprint(path: Path) -> str:
-    """A hash of a model folder's settings and weights, or of a file: what a row was measured with."""
-    files = [path]
-    if path.is_dir():
-        files = sorted(f for f in path.glob("*") if f.suffix in (".json", ".safetensors", ".bin"))
+    """A hash of a model folder's settings and weights, or of a file."""
+    kinds = (".json", ".safetensors", ".bin")
+    files = sorted(f for f in path.glob("*") if f.suffix in kinds) if path.is_dir() else [path]
     return digest([[f.name, file_digest(f)] for f in files])
 
 
-def _load(kind: str, folder: Path, device: torch.device, **options: Any) -> Any:
+def _load(kind: str, folder: Path, device: torch.device) -> Any:
     """A transformers model (or processor) from a local folder.
 
-    Raises: LCCoError for a folder of something else, and for weights that lack parameters, which transformers would
-    fill with random numbers.
+    Raises: LCCoError for a folder of something else, and for weights that lack parameters, which
+    transformers would fill with random numbers.
     """
     import transformers
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    options["local_files_only"] = True
+    transformers.utils.logging.disable_progress_bar()
+    auto = getattr(transformers, kind)
     try:
-        auto = getattr(transformers, kind)
         if "Processor" in kind:
-            return auto.from_pretrained(folder, **options)
-        model, info = auto.from_pretrained(folder, output_loading_info=True, **options)
+            return auto.from_pretrained(folder, local_files_only=True)
+        model, info = auto.from_pretrained(folder, output_loading_info=True, local_files_only=True)
     except Exception as error:  # each format has its own exceptions for the same mishap
-        line = (str(error).strip().splitlines() or [""])[0][:120]
-        raise LCCoError(f"{folder}: cannot be loaded as {kind} ({type(error).__name__}: {line})") from None
-    parameters = {name for name, _ in model.named_parameters()}
-    if lacking := sorted(set(info["missing_keys"]) & parameters):
-        raise LCCoError(f"{folder}: not weights of {type(model).__name__}: `{lacking[0]}` is missing ({len(lacking)})")
+        why = f"{type(error).__name__}: {one_line(error)[:120]}"
+        raise LCCoError(f"{folder}: cannot be loaded as {kind} ({why})") from None
+    if lacking := sorted(set(info["missing_keys"]) & dict(model.named_parameters()).keys()):
+        what = f"`{lacking[0]}` is missing ({len(lacking)})"
+        raise LCCoError(f"{folder}: not weights of {type(model).__name__}: {what}")
     return model.eval().requires_grad_(False).to(device)
 
 
-# ---------------------------------------------------------------------------------------------------- masks and classes
+# ------------------------------------------------------------------------------- masks and classes
 def pack(mask: np.ndarray) -> dict[str, Any]:
-    """A boolean mask [H, W] as COCO's run-length code."""
+    """A boolean mask [H, W] as COCO's run-length code, some kB, so that masks never pile up."""
     from pycocotools import mask as rle
 
     return rle.encode(np.asfortranarray(mask, np.uint8))
 
 
-def unpack(codes: Sequence[dict[str, Any]], size: tuple[int, int]) -> np.ndarray:
-    """The union of packed masks as uint8 [H, W]; of none it is empty."""
+def unpack(code: dict[str, Any]) -> np.ndarray:
+    """The mask of a code as uint8 [H, W]."""
     from pycocotools import mask as rle
 
-    return rle.decode(rle.merge(list(codes))) if codes else np.zeros(size, np.uint8)
+    return rle.decode(code)
 
 
-def boxes_of(mask: np.ndarray, per: Literal["objects", "whole"] = "objects", least: float = 5e-4) -> list[list[int]]:
-    """Boxes [x0, y0, x1, y1] (pixel edges, x1 and y1 exclusive) of a mask: one a connected object, or one for all.
+def boxes_of(mask: np.ndarray, least: float = 5e-4) -> list[list[float]]:
+    """Boxes [x0, y0, x1, y1] (pixel edges) of a mask's connected objects.
 
-    Specks below a share `least` of the picture get no box of their own, unless nothing larger is there.
+    Specks below a share `least` of the picture get no box, unless nothing larger is there.
     """
     from scipy import ndimage
 
-    if not mask.any():
-        return []
-    labels, n = (mask.astype(int), 1) if per == "whole" else ndimage.label(mask, np.ones((3, 3)))
+    labels, n = ndimage.label(mask, np.ones((3, 3)))
     areas = np.bincount(labels.ravel(), minlength=n + 1)[1:]
+    keep = [k for k in range(n) if areas[k] >= least * mask.size] or areas.argsort()[-1:]
     found = ndimage.find_objects(labels)
-    keep = [k for k in range(n) if areas[k] >= least * mask.size] or [int(areas.argmax())]
-    return [[found[k][1].start, found[k][0].start, found[k][1].stop, found[k][0].stop] for k in keep]
+    edges = ((x.start, y.start, x.stop, y.stop) for y, x in (found[k] for k in keep))
+    return [list(map(float, box)) for box in edges]
 
 
-def cut_out(
-    image: np.ndarray, mask: np.ndarray, fill: Fill = "white", crop: bool = True, pad: bool = True
-) -> Image.Image:
-    """The masked object as CLIP shall see it: cropped by its box, `fill` outside the mask, padded to a square.
+def cut_out(image: np.ndarray, mask: np.ndarray) -> Image.Image:
+    """The masked object, white around it, cropped by its box and padded to a square.
 
-    image: uint8 [H, W, 3]; mask: bool [H, W], not empty. "keep" leaves the background, and pads with white.
+    image: uint8 [H, W, 3]; mask: bool [H, W], not empty.
     """
-    mask = np.asarray(mask, bool)
-    colour = 0 if fill == "black" else 255
-    out = image if fill == "keep" else np.where(mask[..., None], image, np.uint8(colour))
-    if crop:
-        x0, y0, x1, y1 = boxes_of(mask, "whole")[0]
-        out = out[y0:y1, x0:x1]
-    if pad:
-        height, width = out.shape[:2]
-        side = max(height, width)
-        square = np.full((side, side, 3), colour, np.uint8)
-        top, left = (side - height) // 2, (side - width) // 2
-        square[top : top + height, left : left + width] = out
-        out = square
-    return Image.fromarray(np.ascontiguousarray(out))
+    out = Image.fromarray(np.where(mask[..., None], image, np.uint8(255)))
+    out = out.crop(Image.fromarray(mask).getbbox())
+    return ImageOps.pad(out, (max(out.size), max(out.size)), color="white")
 
 
-def vote_class(scores: Sequence[np.ndarray], rule: Vote = "sum") -> int | None:
-    """The set's common class from each image's class probabilities [masks, P]; None when no image has a mask.
+def vote_class(scores: Sequence[np.ndarray]) -> int | None:
+    """The set's class from each image's probabilities [masks, P]; None when no image has a mask.
 
-    An image gives each class its best mask's probability. "sum": the class with the largest sum over the images;
-    "majority": each image names its best class, and a tie goes to the larger sum. A last tie goes to the first class.
+    An image gives each class its best mask's probability; the largest sum over the images wins.
     """
     best = [s.max(0) for s in scores if len(s)]
-    if not best:
-        return None
-    total = np.sum(best, axis=0, dtype=np.float64)
-    if rule == "sum":
-        return int(total.argmax())
-    votes = np.bincount([int(b.argmax()) for b in best], minlength=len(total))
-    return int(np.lexsort((-np.arange(len(total)), total, votes))[-1])
-
-
-def select_masks(scores: np.ndarray, rule: Literal["best", "union"] = "best", threshold: float = 0.5) -> list[int]:
-    """Which of an image's masks are taken, given their probabilities [masks] of the common class."""
-    if not len(scores):
-        return []
-    return [int(scores.argmax())] if rule == "best" else np.flatnonzero(scores > threshold).tolist()
+    return int(np.sum(best, axis=0, dtype=np.float64).argmax()) if best else None
 
 
 def vote_panoptic(images: Sequence[Mapping[str, float]]) -> str | None:
     """The class that most images show, given each image's classes and their shares of it.
 
-    A tie goes to the larger area summed over the images, then to the first by name; None when no image shows any.
+    A tie goes to the larger area summed over the images, then to the first by name.
     """
     count = Counter(name for shares in images for name in shares)
     area = {name: sum(shares.get(name, 0.0) for shares in images) for name in count}
     return min(count, key=lambda name: (-count[name], -area[name], name), default=None)
 
 
-# ----------------------------------------------------------------------------------------------------------- interface
-class Baseline:
-    """A co-segmenter without training on the task: `baseline(data, items, cls)` yields one mask [h, w] an image.
+# ---------------------------------------------------------------------------------------- interface
+class Rival:
+    """A co-segmenter without training on the task: `rival(data, items, cls)` yields masks [h, w].
 
-    `settings` are a frozen dataclass; `record` says what a row was measured with; `identity` is its hash.
+    defaults: its settings, all our reading where the paper is silent. models: whose weights it
+    needs. semantic: whether it uses tower and vocabulary. truth: whether it looks at the truth.
     """
 
     name = ""
-    models: tuple[str, ...] = ()  # whose weights it needs, by their names in HUB and BY_HAND
-    frozen = True  # whether it uses the profile's frozen parts: tower, vocabulary, backbone
-    truth = False  # whether it looks at the truth or the true class ("GT")
+    models: tuple[str, ...] = ()
+    semantic, truth = True, False
+    defaults: dict[str, Any] = {}
 
-    def __init__(self, inputs: Inputs | None, folders: Mapping[str, Path], settings: Any) -> None:
-        self.inputs, self.folders, self.settings = inputs, dict(folders), settings
-        self.device = torch.device(inputs.device if inputs else "cuda" if torch.cuda.is_available() else "cpu")
-        self._seen: OrderedDict[tuple, Any] = OrderedDict()
-        self.prepare()
+    def __init__(
+        self, features: Features, words: Vocabulary, weights: Mapping[str, str],
+        settings: Mapping[str, Any], experiment: str | None,
+    ) -> None:  # fmt: skip
+        self.features, self.words, self.weights = features, words, weights
+        self.settings, self.experiment = self.defaults | dict(settings), experiment
+        if unknown := settings.keys() - self.defaults.keys():
+            known = ", ".join(self.defaults)
+            raise LCCoError(f"{self.name}: no setting `{min(unknown)}`; there are: {known}")
+        self.device = torch.device(features.device)
+        self.scored: dict[str, Any] = {"data": {}}
+        self._look: Callable[..., Any] | None = None
 
-    def prepare(self) -> None:
-        """Load the models."""
+    def load(self) -> None:
+        """Load the models. Raises: Missing for what is not here."""
 
     def look(self, data: CoSegData, i: int, cls: str) -> Any:
         """What the model finds in one picture, in a compact form."""
-        raise NotImplementedError
 
     def choose(self, found: Sequence[Any], cls: str) -> Iterator[np.ndarray]:
         """The masks of a set, one at a time, from what was found in its pictures."""
         raise NotImplementedError
 
     def __call__(self, data: CoSegData, items: Sequence[int], cls: str) -> Iterator[np.ndarray]:
-        found = [self._once(data, i, cls) for i in progress(items, f"{self.name}, {cls}")]
-        yield from self.choose(found, cls)
+        if self._look is None:
+            self.load()
+            self._look = lru_cache(KEPT)(self.look)
+        yield from self.masks(data, items, cls)
 
-    def _once(self, data: CoSegData, i: int, cls: str) -> Any:
-        key = (data.content(i), data.keys[i], cls) if self.truth else (data.content(i),)
-        if key not in self._seen:
-            self._seen[key] = self.look(data, i, cls)
-            if len(self._seen) > KEPT:
-                self._seen.popitem(last=False)
-        return self._seen[key]
+    def masks(self, data: CoSegData, items: Sequence[int], cls: str) -> Iterator[np.ndarray]:
+        """The masks of a set, by models that are loaded."""
+        yield from self.choose([self._look(data, i, cls if self.truth else "") for i in items], cls)
+
+    def folder(self, model: str) -> Path:
+        """Where a model's weights are. Raises: Missing."""
+        return find_weights(model, self.weights.get(model))
+
+    @cached_property
+    def made_of(self) -> dict[str, Any]:
+        """What decides the masks. Raises: Missing without the weights."""
+        out = {"rival": self.name, "form": FORM, "settings": self.settings, "weights": {}}
+        for model in self.models:
+            path, pinned = self.folder(model), HUB.get(model, "")
+            source = pinned if pinned.endswith(f"@{path.name}") else path.name
+            out["weights"][model] = {"from": source, "sha256": _fingerprint(path)}
+        if self.semantic:
+            out |= {"tower": self.features.tower.identity, "vocabulary_hash": self.words.hash}
+            out |= {"templates": list(self.words.templates)}
+        return out
+
+    @property
+    def path(self) -> Path:
+        """Where its scores are kept."""
+        slug = "".join(c if c.isalnum() else "-" for c in self.name.lower())
+        return place("cache") / "rivals" / f"{slug}-{digest(self.made_of, 10)}"
 
     @property
     def record(self) -> dict[str, Any]:
-        """What decides the masks: settings, weights, and the frozen parts of `inputs` that are used."""
-        if not hasattr(self, "_record"):
-            weights = {}
-            for model, path in self.folders.items():
-                pinned = HUB.get(model, "")
-                name = pinned if pinned and path.name == pinned.partition("@")[2] else path.name
-                weights[model] = {"from": name, "sha256": _fingerprint(path)}
-            self._record = {"baseline": self.name, "form": FORM, "settings": asdict(self.settings), "weights": weights}
-            if self.frozen:
-                self._record |= {"tower": self.inputs.tower.identity, "vocabulary": self.inputs.vocabulary_hash}
-                self._record["templates"] = list(self.inputs.experiment.tower.templates)
-        return self._record
+        """What decides the masks; and the data, machine and versions behind the scores given."""
+        return self.made_of | {"experiment_hash": self.experiment} | self.scored
 
-    @property
-    def identity(self) -> str:
-        """Hash of the record."""
-        return digest(self.record, 10)
+    def evaluate(
+        self, test: CoSegData, protocols: Sequence[str], group_size: int = 5
+    ) -> dict[str, Evaluation]:
+        """Scores under protocols (`choice` too), each computed once and kept.
+
+        Raises: Missing for absent weights.
+        """
+        key = digest(test.identity(), 10)
+        name = f"{test.name}-{{}}-{group_size}-{key}.json".replace("/", "_")
+        files = {p: self.path / name.format(p) for p in protocols}
+        missing = [p for p in files if not files[p].is_file()]
+        make = cache(lambda: self._score(test, missing, group_size))
+        found = {p: kept(file, lambda p=p: make()[p]) for p, file in files.items()}
+        for name in [n for n in vars(self) if n.startswith("_")]:
+            setattr(self, name, None)  # the models' memory is free for the next rival
+        more = ("masks", "environment")
+        for value in found.values():
+            self.scored["data"][test.name] = {k: value[k] for k in ("digest", "masks")}
+            self.scored["environment"] = value["environment"]
+        return {p: Evaluation(**{k: v for k, v in value.items() if k not in more})
+                for p, value in found.items()}  # fmt: skip
+
+    def _score(self, test: CoSegData, protocols: Sequence[str], group_size: int) -> dict[str, Any]:
+        from lcco.experiment.runs import environment
+
+        plain = [p for p in protocols if p not in CHOICE]
+        found = evaluate_all(self, test, plain, group_size) if plain else {}
+        if len(plain) < len(protocols):
+            found |= evaluate_choice(self, test, group_size)
+        by = {"masks": test.truth_digest(), "environment": environment()}
+        return {p: asdict(found[p]) | by for p in protocols}
 
     def probabilities(self, embeddings: Tensor) -> np.ndarray:
         """Embeddings [n, D] → each one's probabilities over the vocabulary, float32 [n, P]."""
-        return (self.inputs.tower.logit_scale * embeddings @ self.inputs.prompts.T).softmax(-1).numpy()
+        scale = self.features.tower.logit_scale
+        return (scale * embeddings @ self.words.embeddings.T).softmax(-1).numpy()
 
 
-def _size(data: CoSegData, i: int) -> tuple[Image.Image, tuple[int, int]]:
-    image = data.image(i)
-    return image, image.size[::-1]
-
-
-# ----------------------------------------------------------------------------------------------------------------- SAM
-@dataclass(frozen=True)
-class SamSettings:
-    """How SAM's automatic masks become a co-segmentation; the paper says only that CLIP classifies them."""
-
-    fill: Fill = "white"  # outside the mask
-    crop: bool = True  # by the mask's box
-    pad: bool = True  # to a square
-    vote: Vote = "sum"  # the set's class
-    select: Literal["best", "union"] = "best"  # the image's masks of that class
-    threshold: float = 0.5  # union: probability of the class
-    points: int = 32  # a side of the grid of prompts
-    pred_iou_thresh: float = 0.88  # SAM's own defaults
-    stability_score_thresh: float = 0.95
-    batch: int = 64  # points at once
-
-
-class Sam(Baseline):
+# ---------------------------------------------------------------------------------------------- SAM
+class Sam(Rival):
     """SAM's automatic masks, each cut out and classified by the tower; the set's class is voted.
 
-    Deviation: the paper names SAM, CLIP and no more; everything in `SamSettings` is our reading.
+    The mask of an image is the one most likely of that class.
+    Deviation: the paper names SAM, CLIP and no more; how they work together is our reading.
     """
 
     name, models = "SAM", ("sam",)
+    defaults = {
+        "points": 32, "batch": 64,  # a side of the grid of prompts; prompts at once
+        "pred_iou_thresh": 0.88, "stability_score_thresh": 0.95,  # SAM's own
+    }  # fmt: skip
 
-    def prepare(self) -> None:
-        model = _load("AutoModelForMaskGeneration", self.folders["sam"], self.device)
+    def load(self) -> None:
         from transformers import pipeline
 
-        processor = _load("AutoImageProcessor", self.folders["sam"], self.device)
-        self._masks = pipeline("mask-generation", model=model, image_processor=processor, device=self.device)
+        model = _load("AutoModelForMaskGeneration", self.folder("sam"), self.device)
+        read = _load("AutoImageProcessor", self.folder("sam"), self.device)
+        how = {"model": model, "image_processor": read, "device": self.device}
+        self._masks = pipeline("mask-generation", **how)
 
-    def look(self, data: CoSegData, i: int, cls: str) -> tuple[list[dict], np.ndarray, tuple[int, int]]:
-        s, (image, size) = self.settings, _size(data, i)
+    def look(self, data: CoSegData, i: int, cls: str) -> tuple[list, np.ndarray, tuple[int, int]]:
+        s, image = self.settings, data.image(i)
+        grid = {"points_per_crop": s["points"], "points_per_batch": s["batch"]}
+        least = {k: s[k] for k in ("pred_iou_thresh", "stability_score_thresh")}
         try:
-            masks = self._masks(
-                image, points_per_batch=s.batch, points_per_crop=s.points, pred_iou_thresh=s.pred_iou_thresh,
-                stability_score_thresh=s.stability_score_thresh,
-            )["masks"]  # fmt: skip
+            masks = [np.asarray(m, bool) for m in self._masks(image, **grid, **least)["masks"]]
         except IndexError:  # the pipeline's answer to a picture in which no mask passes
             masks = []
-        pixels, codes = np.asarray(image), []
-
-        def cuts() -> Iterator[Image.Image]:
-            for mask in masks:
-                mask = np.asarray(mask, bool)
-                if mask.any():
-                    codes.append(pack(mask))
-                    yield cut_out(pixels, mask, s.fill, s.crop, s.pad)
-
-        return codes, self.probabilities(self.inputs.tower.encode_images(cuts())), size
+        masks, pixels = [m for m in masks if m.any()], np.asarray(image)
+        vectors = self.features.tower.encode_images(cut_out(pixels, m) for m in masks)
+        return [pack(m) for m in masks], self.probabilities(vectors), image.size[::-1]
 
     def choose(self, found: Sequence[Any], cls: str) -> Iterator[np.ndarray]:
-        s = self.settings
-        common = vote_class([scores for _, scores, _ in found], s.vote)
+        common = vote_class([scores for _, scores, _ in found])
         for codes, scores, size in found:
-            taken = [] if common is None or not codes else select_masks(scores[:, common], s.select, s.threshold)
-            yield unpack([codes[k] for k in taken], size)
+            best = int(scores[:, common].argmax()) if codes else None
+            yield np.zeros(size, np.uint8) if best is None else unpack(codes[best])
 
 
-@dataclass(frozen=True)
-class BoxSettings:
-    """Which boxes are computed from the true masks."""
+class SamGT(Rival):
+    """SAM prompted with the boxes of the true objects: its upper bound for this task."""
 
-    boxes: Literal["objects", "whole"] = "objects"  # one a connected object, or one for the whole mask
-    least: float = 5e-4  # smaller specks get no box of their own
-    batch: int = 16  # boxes at once
+    name, models, semantic, truth = "SAM GT", ("sam",), False, True
 
-
-class _BoxPrompted:
-    """SAM or SAM 2 with boxes as prompts; the picture is encoded once."""
-
-    def __init__(self, folder: Path, device: torch.device, batch: int) -> None:
-        self.model = _load("AutoModelForMaskGeneration", folder, device)
-        self.processor, self.device, self.batch = _load("AutoProcessor", folder, device), device, batch
-
-    @torch.no_grad()
-    def __call__(self, image: Image.Image, boxes: Sequence[Sequence[float]]) -> np.ndarray:
-        """The union of the masks of some boxes [x0, y0, x1, y1] in pixels, bool [H, W]."""
-        out = np.zeros(image.size[::-1], bool)
-        if not len(boxes):
-            return out
-        given = self.processor(images=image, input_boxes=[[list(map(float, b)) for b in boxes]], return_tensors="pt")
-        embedded = self.model.get_image_embeddings(given["pixel_values"].to(self.device))
-        sizes = [given[k] for k in ("original_sizes", "reshaped_input_sizes") if k in given]
-        for prompt in given["input_boxes"].float().split(self.batch, dim=1):
-            found = self.model(
-                input_boxes=prompt.to(self.device), image_embeddings=embedded, multimask_output=False
-            ).pred_masks
-            for mask in self.processor.post_process_masks(found.cpu(), *sizes)[0].flatten(0, 1):
-                out |= mask.numpy().astype(bool)
-        return out
-
-
-class SamGT(Baseline):
-    """SAM prompted with boxes computed from the true masks: the upper bound of SAM for this task."""
-
-    name, models, frozen, truth = "SAM GT", ("sam",), False, True
-
-    def prepare(self) -> None:
-        self._prompted = _BoxPrompted(self.folders[self.models[0]], self.device, self.settings.batch)
+    def load(self) -> None:
+        self._model = _load("AutoModelForMaskGeneration", self.folder("sam"), self.device)
+        self._processor = _load("AutoProcessor", self.folder("sam"), self.device)
 
     def look(self, data: CoSegData, i: int, cls: str) -> dict[str, Any]:
-        boxes = boxes_of(data.mask(i, [cls]) == 1, self.settings.boxes, self.settings.least)
-        return pack(self._prompted(data.image(i), boxes))
+        return pack(self.prompted(data.image(i), boxes_of(data.mask(i, [cls]) == 1)))
 
     def choose(self, found: Sequence[Any], cls: str) -> Iterator[np.ndarray]:
-        return (unpack([code], tuple(code["size"])) for code in found)
+        return map(unpack, found)
+
+    @torch.no_grad()
+    def prompted(self, image: Image.Image, boxes: list[list[float]]) -> np.ndarray:
+        """The union of the masks of some boxes [x0, y0, x1, y1] in pixels, bool [H, W]."""
+        if not boxes:
+            return np.zeros(image.size[::-1], bool)
+        given = self._processor(images=image, input_boxes=[boxes], return_tensors="pt")
+        sizes = given.pop("original_sizes"), given.pop("reshaped_input_sizes")
+        given["input_boxes"] = given["input_boxes"].float()
+        found = self._model(**given.to(self.device), multimask_output=False).pred_masks
+        masks = self._processor.post_process_masks(found.cpu(), *sizes)[0]
+        return masks.flatten(0, 1).any(0).numpy()
 
 
-class Sam2GT(SamGT):
-    """SAM 2 prompted with boxes computed from the true masks."""
+# --------------------------------------------------------------------------------------------- SEEM
+class Seem(Rival):
+    """SEEM's panoptic output through the user's own checkout (its `modeling` and `utils`).
 
-    name, models = "SAM 2 GT", ("sam2",)
-
-
-# ------------------------------------------------------------------------------------------------- panoptic: SEEM's way
-@dataclass(frozen=True)
-class PanopticSettings:
-    """How panoptic segments become a co-segmentation."""
-
-    things: bool = True  # only countable classes may be the common one
-    threshold: float = 0.5  # a segment's least score (transformers' models)
-    overlap: float = 0.8  # a segment's least share left after overlaps (transformers' models)
-
-
-@dataclass(frozen=True)
-class Segment:
-    """One panoptic segment: its number in the map, its class, and whether that is a thing."""
-
-    id: int
-    name: str
-    thing: bool
-
-
-def class_areas(panoptic: np.ndarray, segments: Sequence[Segment], things: bool = True) -> dict[str, np.ndarray]:
-    """Class → bool [H, W], the union of its segments in a map [H, W] of segment numbers; classes without pixels go."""
-    out: dict[str, np.ndarray] = {}
-    for s in segments:
-        if s.thing or not things:
-            out[s.name] = out.get(s.name, False) | (panoptic == s.id)
-    return {name: mask for name, mask in out.items() if mask.any()}
-
-
-class Panoptic(Baseline):
-    """A COCO-panoptic model of transformers: each image votes for the classes it shows, the majority wins.
-
+    Each image votes for the things it shows, the majority wins. Written against its published form:
+    `evaluate([{image, height, width}])[-1]["panoptic_seg"]` is a map of segment numbers and a list
+    of {id, category_id, isthing}, the categories being `COCO_PANOPTIC_CLASSES`.
     Deviation: the paper does not say how a tie ends (by area here), nor that only things vote.
     """
 
-    frozen = False
+    name, models, semantic = "SEEM", ("seem",), False
+    defaults = {"config": "configs/seem/focall_unicl_lang_v1.yaml", "side": 512}  # as in its demo
 
-    def prepare(self) -> None:
-        folder = self.folders[self.models[0]]
-        self._model = _load("AutoModelForUniversalSegmentation", folder, self.device)
-        names = self._model.config.id2label
-        countable = {w.casefold() for w in vocabulary("coco80")}
-        self.classes = {int(k): (name, name.casefold() in countable) for k, name in names.items()}
-        if self._model.config.model_type != "oneformer":
-            self._processor = _load("AutoImageProcessor", folder, self.device)
-            return
-        with tempfile.TemporaryDirectory() as place_:  # its class table lives in another repository: written from names
-            table = {str(k): {"name": name, "isthing": int(thing)} for k, (name, thing) in self.classes.items()}
-            (Path(place_) / "classes.json").write_text(json.dumps(table))
-            tables = {"repo_path": place_, "class_info_file": "classes.json"}
-            self._processor = _load("OneFormerProcessor", folder, self.device, **tables)
-
-    @torch.no_grad()
-    def segments(self, image: Image.Image) -> tuple[np.ndarray, list[Segment]]:
-        """The panoptic map [H, W] of one picture, and its segments."""
-        s = self.settings
-        task = {"task_inputs": ["panoptic"]} if self._model.config.model_type == "oneformer" else {}
-        given = self._processor(images=image, return_tensors="pt", **task).to(self.device)
-        found = self._processor.post_process_panoptic_segmentation(
-            self._model(**given), threshold=s.threshold, overlap_mask_area_threshold=s.overlap, label_ids_to_fuse=set(),
-            target_sizes=[image.size[::-1]],
-        )[0]  # fmt: skip
-        listed = [Segment(int(x["id"]), *self.classes[int(x["label_id"])]) for x in found["segments_info"]]
-        return found["segmentation"].cpu().numpy(), listed
-
-    def look(self, data: CoSegData, i: int, cls: str) -> tuple[dict[str, tuple[dict, float]], tuple[int, int]]:
-        image, size = _size(data, i)
-        shown = class_areas(*self.segments(image), self.settings.things)
-        return {name: (pack(mask), float(mask.mean())) for name, mask in shown.items()}, size
-
-    def common(self, found: Sequence[Any], cls: str) -> str | None:
-        """The class of the set: the majority's, or with GT the one nearest to the true class."""
-        return vote_panoptic([{name: share for name, (_, share) in shown.items()} for shown, _ in found])
-
-    def choose(self, found: Sequence[Any], cls: str) -> Iterator[np.ndarray]:
-        common = self.common(found, cls)
-        for shown, size in found:
-            yield unpack([shown[common][0]] if common in shown else [], size)
-
-
-class _GTClass(Panoptic):
-    """The GT twin: the class nearest to the true one takes the place of the vote."""
-
-    frozen = truth = True
-
-    def common(self, found: Sequence[Any], cls: str) -> str | None:
-        names = list(dict.fromkeys(n for n, thing in self.classes.values() if thing or not self.settings.things))
-        if (known := target_word(cls, names)) is not None:
-            return names[known]
-        tower, templates = self.inputs.tower, self.inputs.experiment.tower.templates
-        texts = prompts(tower, [cls.replace("_", " "), *names], templates, place("cache"))
-        return names[int((texts[1:] @ texts[0]).argmax())] if names else None
-
-
-class Mask2Former(Panoptic):
-    """Mask2Former (COCO panoptic), the stand-in where SEEM cannot be had; never called SEEM."""
-
-    name, models = "Mask2Former", ("mask2former",)
-
-
-class Mask2FormerGT(_GTClass):
-    """Mask2Former with the true class."""
-
-    name, models = "Mask2Former GT", ("mask2former",)
-
-
-class OneFormer(Panoptic):
-    """OneFormer (COCO panoptic), the stand-in where SEEM cannot be had; never called SEEM."""
-
-    name, models = "OneFormer", ("oneformer",)
-
-
-class OneFormerGT(_GTClass):
-    """OneFormer with the true class."""
-
-    name, models = "OneFormer GT", ("oneformer",)
-
-
-@dataclass(frozen=True)
-class SeemSettings(PanopticSettings):
-    """SEEM: as for the other panoptic models, whose scores it thresholds itself."""
-
-    config: str = "configs/seem/focall_unicl_lang_v1.yaml"  # within its checkout
-    side: int = 512  # the picture's short side, as in its demo
-
-
-class Seem(Panoptic):
-    """SEEM's panoptic output through the user's own installation (`modeling` and `utils` of its checkout).
-
-    Written against its published form: `evaluate([{image, height, width}])[-1]["panoptic_seg"]` is a map of segment
-    numbers and a list of {id, category_id, isthing}, the categories being `COCO_PANOPTIC_CLASSES`.
-    """
-
-    name, models = "SEEM", ("seem",)
-
-    def prepare(self) -> None:
+    def load(self) -> None:
         try:
+            import modeling
             from modeling import build_model
             from modeling.BaseModel import BaseModel
             from utils.arguments import load_opt_from_config_files
             from utils.constants import COCO_PANOPTIC_CLASSES
             from utils.distributed import init_distributed
         except ImportError as error:
-            raise Absent("SEEM", f"{BY_HAND['seem']} ({error})") from None
-        import modeling
-
-        root = Path(modeling.__file__).resolve().parents[1]
-        options = init_distributed(load_opt_from_config_files([str(root / self.settings.config)]))
-        net = BaseModel(options, build_model(options)).from_pretrained(str(self.folders["seem"])).eval()
-        self._model = net.to(self.device).model
+            raise Missing("weights", "SEEM", f"{SEEM_HOW} ({error})") from None
+        config = Path(modeling.__file__).resolve().parents[1] / self.settings["config"]
+        options = init_distributed(load_opt_from_config_files([str(config)]))
+        net = BaseModel(options, build_model(options)).from_pretrained(str(self.folder("seem")))
+        self._model = net.eval().to(self.device).model
         words = [*COCO_PANOPTIC_CLASSES, "background"]
         with torch.no_grad():
-            self._model.sem_seg_head.predictor.lang_encoder.get_text_embeddings(words, is_eval=True)
+            encoder = self._model.sem_seg_head.predictor.lang_encoder
+            encoder.get_text_embeddings(words, is_eval=True)
         for task in ("spatial", "visual", "grounding", "audio"):
             self._model.task_switch[task] = False
         try:
@@ -576,55 +384,67 @@ class Seem(Panoptic):
             self._model.metadata = MetadataCatalog.get("coco_2017_train_panoptic")
         except ImportError:  # a form of SEEM that brings its own metadata
             pass
-        countable = {w.casefold() for w in vocabulary("coco80")}
-        plain = [n.replace("-other", "").replace("-merged", "").replace("-stuff", "") for n in COCO_PANOPTIC_CLASSES]
-        self.classes = {k: (name, name.casefold() in countable) for k, name in enumerate(plain)}
+        names = COCO_PANOPTIC_CLASSES
+        self._classes = [re.sub("-(other|merged|stuff)", "", name) for name in names]
 
     @torch.no_grad()
-    def segments(self, image: Image.Image) -> tuple[np.ndarray, list[Segment]]:
-        width, height = image.size
-        scale = self.settings.side / min(width, height)
-        small = image.resize((round(width * scale), round(height * scale)), Image.Resampling.BICUBIC)
+    def look(self, data: CoSegData, i: int, cls: str) -> tuple[dict[str, Any], tuple[int, int]]:
+        image = data.image(i)
+        (width, height), side = image.size, self.settings["side"]
+        scale = side / min(width, height)
+        size = round(width * scale), round(height * scale)
+        small = image.resize(size, Image.Resampling.BICUBIC)
         pixels = torch.from_numpy(np.array(small)).permute(2, 0, 1).to(self.device)
         found = self._model.evaluate([{"image": pixels, "height": height, "width": width}])
         panoptic, listed = found[-1]["panoptic_seg"]
-        return panoptic.cpu().numpy(), [
-            Segment(int(x["id"]), self.classes[int(x["category_id"])][0], bool(x["isthing"])) for x in listed
-        ]
+        panoptic, shown = panoptic.cpu().numpy(), {}
+        for segment in (s for s in listed if s["isthing"]):
+            name = self._classes[int(segment["category_id"])]
+            shown[name] = shown.get(name, False) | (panoptic == segment["id"])
+        codes = {n: (pack(m), float(m.mean())) for n, m in shown.items() if m.any()}
+        return codes, (height, width)
+
+    def common(self, found: Sequence[Any], cls: str) -> str | None:
+        """The class of the set: the majority's."""
+        return vote_panoptic([{name: share for name, (_, share) in s.items()} for s, _ in found])
+
+    def choose(self, found: Sequence[Any], cls: str) -> Iterator[np.ndarray]:
+        common = self.common(found, cls)
+        for shown, size in found:
+            yield unpack(shown[common][0]) if common in shown else np.zeros(size, np.uint8)
 
 
-class SeemGT(_GTClass, Seem):
-    """SEEM with the true class."""
+class SeemGT(Seem):
+    """SEEM with the true class: the thing nearest to it takes the place of the vote."""
 
-    name, models = "SEEM GT", ("seem",)
+    name, semantic, truth = "SEEM GT", True, True
+
+    def common(self, found: Sequence[Any], cls: str) -> str | None:
+        things = {word.casefold() for word in vocabulary("coco80")}
+        names = [name for name in dict.fromkeys(self._classes) if name.casefold() in things]
+        known = target_word(cls, names)
+        if known is None:
+            texts = [cls.replace("_", " "), *names]
+            table = prompts(self.features.tower, texts, self.words.templates)
+            known = int((table[1:] @ table[0]).argmax())
+        return names[known]
 
 
-# ------------------------------------------------------------------------------------- the voted class as a text prompt
-@dataclass(frozen=True)
-class TextSettings:
-    """Models asked for the voted class by name."""
-
-    vote: Vote = "sum"  # over the whole images' probabilities
-    threshold: float = 0.5  # a mask's or a box's least score
-    mask_threshold: float = 0.5  # SAM 3: of a mask's pixels
-    batch: int = 8  # pictures (CLIPSeg) or boxes (SAM 2) at once
-
-
-class _Voted(Baseline):
-    """The tower names the set's common class from the whole images; a model is asked for it in each image.
+# ----------------------------------------------------------------- the voted class as a text prompt
+class _Voted(Rival):
+    """The tower names the set's class from the whole images; a model is asked for it in each.
 
     Deviation: nobody has published these rows; how the class is found is ours.
     """
 
-    def __call__(self, data: CoSegData, items: Sequence[int], cls: str) -> Iterator[np.ndarray]:
-        scores = self.probabilities(self.inputs.cache.images(data, list(items)))
-        word = self.inputs.words[vote_class(list(scores[:, None]), self.settings.vote)]
-        for start in range(0, len(items), self.settings.batch):
-            pictures = [data.image(i) for i in items[start : start + self.settings.batch]]
-            yield from self.ask(pictures, word)
+    def masks(self, data: CoSegData, items: Sequence[int], cls: str) -> Iterator[np.ndarray]:
+        scores = self.probabilities(self.features.embeddings(data, list(items)))
+        word = self.words.words[vote_class(list(scores[:, None]))]
+        for i in items:
+            yield self.ask(data.image(i), word)
 
-    def ask(self, pictures: Sequence[Image.Image], word: str) -> Iterator[np.ndarray]:
-        """One mask or map of probabilities for each picture."""
+    def ask(self, image: Image.Image, word: str) -> np.ndarray:
+        """A mask or map of probabilities of what the word names in a picture."""
         raise NotImplementedError
 
 
@@ -632,21 +452,19 @@ class Sam3(_Voted):
     """SAM 3 asked for the voted class by name: the union of the instances it finds."""
 
     name, models = "SAM 3", ("sam3",)
+    defaults = {"threshold": 0.5, "mask_threshold": 0.5}  # of an instance, of a mask's pixel
 
-    def prepare(self) -> None:
-        self._model = _load("Sam3Model", self.folders["sam3"], self.device)
-        self._processor = _load("Sam3Processor", self.folders["sam3"], self.device)
+    def load(self) -> None:
+        self._model = _load("Sam3Model", self.folder("sam3"), self.device)
+        self._processor = _load("Sam3Processor", self.folder("sam3"), self.device)
 
     @torch.no_grad()
-    def ask(self, pictures: Sequence[Image.Image], word: str) -> Iterator[np.ndarray]:
-        s = self.settings
-        for image in pictures:
-            given = self._processor(images=image, text=word, return_tensors="pt").to(self.device)
-            found = self._processor.post_process_instance_segmentation(
-                self._model(**given), threshold=s.threshold, mask_threshold=s.mask_threshold,
-                target_sizes=[image.size[::-1]],
-            )[0]["masks"]  # fmt: skip
-            yield np.asarray(found.cpu(), bool).any(0) if len(found) else np.zeros(image.size[::-1], bool)
+    def ask(self, image: Image.Image, word: str) -> np.ndarray:
+        given = self._processor(images=image, text=word, return_tensors="pt").to(self.device)
+        found = self._processor.post_process_instance_segmentation(
+            self._model(**given), target_sizes=[image.size[::-1]], **self.settings
+        )[0]["masks"]
+        return found.cpu().bool().any(0).numpy() if len(found) else np.zeros(image.size[::-1])
 
 
 class ClipSeg(_Voted):
@@ -654,72 +472,79 @@ class ClipSeg(_Voted):
 
     name, models = "CLIPSeg", ("clipseg",)
 
-    def prepare(self) -> None:
-        self._model = _load("CLIPSegForImageSegmentation", self.folders["clipseg"], self.device)
-        self._processor = _load("CLIPSegProcessor", self.folders["clipseg"], self.device)
+    def load(self) -> None:
+        folder = self.folder("clipseg")
+        self._model = _load("CLIPSegForImageSegmentation", folder, self.device)
+        self._processor = _load("CLIPSegProcessor", folder, self.device)
 
     @torch.no_grad()
-    def ask(self, pictures: Sequence[Image.Image], word: str) -> Iterator[np.ndarray]:
-        given = self._processor(images=list(pictures), text=[word] * len(pictures), padding=True, return_tensors="pt")
+    def ask(self, image: Image.Image, word: str) -> np.ndarray:
+        given = self._processor(images=[image], text=[word], padding=True, return_tensors="pt")
         logits = self._model(**given.to(self.device)).logits
-        yield from logits.sigmoid().reshape(len(pictures), *logits.shape[-2:]).cpu().numpy()
+        return logits.sigmoid().reshape(logits.shape[-2:]).cpu().numpy()
 
 
-@dataclass(frozen=True)
-class GroundedSettings(TextSettings):
-    """Grounding DINO's own thresholds."""
+# ------------------------------------------------------------------------------- no training at all
+class Clustering(Rival):
+    """No training: the backbone's patch features, clustered over the set; salient clusters win.
 
-    threshold: float = 0.4
-    text_threshold: float = 0.3
+    After Amir et al. 2022, who cluster DINO's patch features and vote by DINO's attention.
+    Deviation: a convolutional backbone has no attention, so a patch's saliency is a product of cues
+    (`CUES`) of the features. No elbow rule for the number of clusters, no GrabCut afterwards.
+    """
 
+    name, semantic = "Clustering (no training)", False
+    defaults = {  # chosen on VOC val with EfficientNet-Lite2
+        "stage": 3, "finer": 2,  # features of that stage, their grid refined so many times
+        "clusters": 4, "cues": ["energy", "border"],
+        "threshold": 1.2,  # a cluster is salient from this multiple of the image's mean saliency
+        "votes": 0.8,  # share of the images in which a cluster must be salient to be object
+        "restarts": 2, "seed": 0,
+    }  # fmt: skip
 
-class Grounded(_Voted):
-    """Grounding DINO finds the voted class by name, SAM 2 segments its boxes."""
-
-    name, models = "Grounding DINO + SAM 2", ("grounding-dino", "sam2")
-
-    def prepare(self) -> None:
-        folder = self.folders["grounding-dino"]
-        self._finder = _load("AutoModelForZeroShotObjectDetection", folder, self.device)
-        self._processor = _load("AutoProcessor", folder, self.device)
-        self._prompted = _BoxPrompted(self.folders["sam2"], self.device, self.settings.batch)
+    @cached_property
+    def made_of(self) -> dict[str, Any]:
+        net = self.features.backbone  # all four stages, also those that a profile would train
+        whole = f"{net.name}-4-{backbones.tensors_digest(net.stages.state_dict())}"
+        return super().made_of | {"backbone": whole, "size": self.features.size}
 
     @torch.no_grad()
-    def ask(self, pictures: Sequence[Image.Image], word: str) -> Iterator[np.ndarray]:
-        s = self.settings
-        for image in pictures:
-            given = self._processor(images=image, text=f"{word.lower()}.", return_tensors="pt").to(self.device)
-            found = self._processor.post_process_grounded_object_detection(
-                self._finder(**given), given["input_ids"], threshold=s.threshold, text_threshold=s.text_threshold,
-                target_sizes=[image.size[::-1]],
-            )[0]["boxes"]  # fmt: skip
-            yield self._prompted(image, found.tolist())
+    def patches(self, data: CoSegData, items: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Unit features [N, D, h, w], and the length of the last stage's [N, h, w], on one grid."""
+        images, maps = self.features.visual(data, list(items))
+        net = self.features.backbone.to(self.device)
+        mode = net.training
+        net.eval()
+        if maps:
+            maps = net.tail([m.to(self.device).float() for m in maps])
+        else:
+            maps = net(images.to(self.device))
+        net.train(mode)
+        grid = [self.settings["finer"] * n for n in maps[2].shape[-2:]]
+        chosen = maps[self.settings["stage"] - 1].float().cpu()
+        unit = F.normalize(F.interpolate(chosen, grid, mode="bilinear"), dim=1)
+        energy = maps[3].float().cpu().norm(dim=1, keepdim=True)
+        return unit, F.interpolate(energy, grid, mode="bilinear")[:, 0]
+
+    def masks(self, data: CoSegData, items: Sequence[int], cls: str) -> Iterator[np.ndarray]:
+        s, (f, energy) = self.settings, self.patches(data, items)
+        N, D, h, w = f.shape
+        rows = f.permute(0, 2, 3, 1).reshape(-1, D)
+        labels = kmeans(rows, s["clusters"], s["seed"], s["restarts"]).view(N, h, w)
+        saliency = torch.ones(N, h, w)
+        for cue in s["cues"]:
+            saliency = saliency * CUES[cue](f, energy)
+        chosen = salient_clusters(labels, saliency, s["threshold"], s["votes"])
+        yield from torch.isin(labels, torch.tensor(chosen)).float().numpy()
 
 
-# ------------------------------------------------------------------------------------------------- no training at all
-@dataclass(frozen=True)
-class ClusterSettings:
-    """Clustering of frozen features; the defaults were chosen on VOC val with EfficientNet-Lite2 (see `CHOSEN`)."""
-
-    stages: tuple[int, ...] = (3,)  # of the backbone, 1 to 4; their unit features side by side
-    finer: int = 2  # the 16 px grid of patches is refined so many times, bilinearly
-    clusters: int = 4
-    saliency: tuple[str, ...] = ("energy", "border")  # their product: energy, border, centre, common
-    threshold: float = 1.2  # a cluster is salient in an image from this multiple of the image's mean saliency
-    votes: float = 0.8  # share of the images in which a cluster must be salient to be object
-    restarts: int = 2
-    seed: int = 0
-
-
-# Backbone → the settings chosen with it on the profile's held-out fold, never on a test set; GlyphWorld's pictures hold
-# several small objects, so that clusters must be smaller and a cue must look at the other images.
-CHOSEN: dict[str, dict[str, Any]] = {
-    "glyphnet": {"clusters": 12, "saliency": ["energy", "border", "common"], "threshold": 1.5},
-}
+# With this backbone, chosen on the held-out fold: GlyphWorld's pictures hold several small objects,
+# so that clusters must be smaller and a cue must look at the other images.
+CHOSEN = {"glyphnet": {"clusters": 12, "cues": ["energy", "border", "common"], "threshold": 1.5}}
 
 
 def kmeans(x: Tensor, k: int, seed: int = 0, restarts: int = 2, steps: int = 15) -> Tensor:
-    """Spherical k-means of unit rows [n, d] → cluster numbers [n]; k-means++ starts, the best of `restarts`."""
+    """Spherical k-means of unit rows [n, d] → cluster numbers [n]; k-means++, best restart."""
     rng, best, out = np.random.default_rng(seed), -np.inf, torch.zeros(len(x), dtype=torch.long)
     for _ in range(restarts):
         chosen = [int(rng.integers(len(x)))]
@@ -730,9 +555,9 @@ def kmeans(x: Tensor, k: int, seed: int = 0, restarts: int = 2, steps: int = 15)
             far = torch.minimum(far, (1 - x @ x[chosen[-1]]).clamp_min(0))
         centres = x[chosen]
         for _ in range(steps):
-            nearest_ = (x @ centres.T).argmax(1)
-            sums = torch.zeros_like(centres).index_add_(0, nearest_, x)
-            moved = torch.where(sums.norm(dim=1, keepdim=True) > 0, F.normalize(sums, dim=1), centres)
+            sums = torch.zeros_like(centres).index_add_(0, (x @ centres.T).argmax(1), x)
+            kept_ = sums.norm(dim=1, keepdim=True) > 0
+            moved = torch.where(kept_, F.normalize(sums, dim=1), centres)
             if torch.allclose(moved, centres, atol=1e-5):
                 break
             centres = moved
@@ -743,69 +568,18 @@ def kmeans(x: Tensor, k: int, seed: int = 0, restarts: int = 2, steps: int = 15)
 
 
 def salient_clusters(labels: Tensor, saliency: Tensor, threshold: float, votes: float) -> list[int]:
-    """The clusters voted object, given each patch's cluster [N, h, w] and saliency [N, h, w] ≥ 0.
+    """The clusters voted object, given each patch's cluster and saliency ≥ 0, both [N, h, w].
 
-    An image votes for a cluster whose mean saliency there is more than `threshold` times the image's mean; clusters
-    with votes of a share `votes` of the images are object. If there is none, it is the most salient on average.
+    An image votes for a cluster whose mean saliency there is above `threshold` times the image's
+    mean; a share `votes` of the images decides. If none wins, it is the most salient on average.
     """
-    k = int(labels.max()) + 1
-    member = F.one_hot(labels.flatten(1), k).float()  # [N, patches, k]
+    member = F.one_hot(labels.flatten(1), int(labels.max()) + 1).float()  # [N, patches, k]
     s = saliency.flatten(1)
     s = s / s.mean(1, keepdim=True).clamp_min(1e-8)
-    relative = torch.einsum("np,npk->nk", s, member) / member.sum(1).clamp_min(1)  # 0 where an image lacks the cluster
-    chosen = ((relative > threshold).float().mean(0) >= votes - 1e-6).nonzero().flatten().tolist()
+    relative = torch.einsum("np,npk->nk", s, member) / member.sum(1).clamp_min(1)
+    share = (relative > threshold).float().mean(0)
+    chosen = (share >= votes - 1e-6).nonzero().flatten().tolist()
     return chosen or [int(relative.mean(0).argmax())]
-
-
-class Clustering(Baseline):
-    """No training: the frozen backbone's patch features, clustered over the set; clusters voted salient are object.
-
-    After Amir et al. 2022, who cluster DINO's patch features and vote by DINO's attention.
-    Deviation: a convolutional backbone has no attention, so a patch's saliency is a product of cues of the features,
-    each scaled to 0..1 in its image: `energy` (length of the last stage's feature), `border` (1 − mean cosine with the
-    patches at the image's border), `centre` (a Gaussian around the middle), `common` (mean over the other images of
-    its best cosine there). No elbow rule for the number of clusters, no GrabCut afterwards.
-    """
-
-    name = "Clustering (no training)"
-
-    def prepare(self) -> None:
-        s = self.settings
-        if not s.stages or not set(s.stages) <= {1, 2, 3, 4} or not set(s.saliency) <= set(CUES) or not s.saliency:
-            raise LCCoError(f"clustering: stages are 1 to 4, and saliency is made of {', '.join(CUES)}")
-
-    @property
-    def record(self) -> dict[str, Any]:
-        out, net = {"baseline": self.name, "form": FORM, "settings": asdict(self.settings)}, self.inputs.backbone
-        # All four stages are used, those too that a profile would train, which `net.identity` leaves out.
-        whole = f"{net.name}-4-{backbones.tensors_digest(net.stages.state_dict())}"
-        return out | {"backbone": whole, "size": self.inputs.size}
-
-    @torch.no_grad()
-    def features(self, data: CoSegData, items: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Unit features [N, D, h, w] and the length of the last stage's feature [N, h, w], on one grid."""
-        images, maps = self.inputs.visual(data, list(items))
-        net = self.inputs.backbone
-        mode = net.training
-        net.eval()
-        maps = net.tail([m.float() for m in maps]) if maps else net(images.to(self.device))
-        net.train(mode)
-        grid = [self.settings.finer * n for n in maps[2].shape[-2:]]
-        scaled = [F.normalize(F.interpolate(maps[n - 1].float().cpu(), grid, mode="bilinear"), dim=1)
-                  for n in self.settings.stages]  # fmt: skip
-        energy = F.interpolate(maps[3].float().cpu().norm(dim=1, keepdim=True), grid, mode="bilinear")[:, 0]
-        return torch.cat(scaled, 1) / len(scaled) ** 0.5, energy
-
-    def __call__(self, data: CoSegData, items: Sequence[int], cls: str) -> Iterator[np.ndarray]:
-        s = self.settings
-        f, energy = self.features(data, items)
-        N, D, h, w = f.shape
-        labels = kmeans(f.permute(0, 2, 3, 1).reshape(-1, D), s.clusters, s.seed, s.restarts).view(N, h, w)
-        saliency = torch.ones(N, h, w)
-        for cue in s.saliency:
-            saliency = saliency * CUES[cue](f, energy)
-        chosen = torch.tensor(salient_clusters(labels, saliency, s.threshold, s.votes))
-        yield from torch.isin(labels, chosen).float().numpy()
 
 
 def _scaled(x: Tensor) -> Tensor:
@@ -820,348 +594,46 @@ def _border(f: Tensor, energy: Tensor) -> Tensor:
     return _scaled(-torch.einsum("ndhw,nd->nhw", f, f[:, :, edge].mean(-1)))
 
 
-def _centre(f: Tensor, energy: Tensor) -> Tensor:
-    N, _, h, w = f.shape
-    y, x = torch.linspace(-1, 1, h)[:, None], torch.linspace(-1, 1, w)[None]
-    return _scaled(torch.exp(-(x**2 + y**2) / 0.8).expand(N, h, w))
-
-
 def _common(f: Tensor, energy: Tensor) -> Tensor:
     N, _, h, w = f.shape
     flat, total = f.flatten(2), torch.zeros(N, h * w)
-    for other in range(N):  # one image at a time: N² similarities of a large set would not fit
+    for other in range(N):  # one at a time: N² similarities of a large set would not fit
         best = torch.einsum("nda,db->nab", flat, flat[other]).amax(-1)
         best[other] = 0
         total += best
     return _scaled(total.view(N, h, w))
 
 
-CUES = {"energy": lambda f, energy: _scaled(energy), "border": _border, "centre": _centre, "common": _common}
+# Saliency of a patch, 0..1 in its image: the length of the last stage's feature; 1 − the mean
+# cosine with the patches at the border; the mean over the other images of its best cosine there.
+CUES = {"energy": lambda f, energy: _scaled(energy), "border": _border, "common": _common}
 
 
-@dataclass(frozen=True)
-class SaliencySettings:
-    """A saliency network's input."""
-
-    side: int = 320
-
-
-class Saliency(Baseline):
-    """U²-Net, or a saliency network like it, image by image: no set, no class, no training on the task.
-
-    Its first output is brought to 0..1 in each image, as U²-Net's own code does.
-    """
-
-    name, models, frozen = "Saliency (U²-Net)", ("saliency",), False
-
-    def prepare(self) -> None:
-        import warnings
-
-        path = self.folders["saliency"]
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # deprecated, but the form in which a network is one file
-                self._net = torch.jit.load(path, map_location=self.device).eval()
-        except (RuntimeError, ValueError) as error:
-            raise LCCoError(f"{path}: not a TorchScript file ({type(error).__name__})") from None
-
-    @torch.no_grad()
-    def look(self, data: CoSegData, i: int, cls: str) -> np.ndarray:
-        side, (mean, std) = self.settings.side, backbones.IMAGENET_NORM
-        pixels = np.asarray(data.image(i).resize((side, side), Image.Resampling.BILINEAR), np.float32) / 255
-        x = torch.from_numpy((pixels - np.float32(mean)) / np.float32(std)).permute(2, 0, 1)[None]
-        out = self._net(x.to(self.device))
-        out = (out[0] if isinstance(out, (tuple, list)) else out).float().cpu()
-        return (255 * _scaled(out.reshape(1, *out.shape[-2:]))[0]).byte().numpy()
-
-    def choose(self, found: Sequence[Any], cls: str) -> Iterator[np.ndarray]:
-        return (np.float32(values) / 255 for values in found)
+# ------------------------------------------------------------------------------------------ by name
+RIVALS: dict[str, type[Rival]] = {  # in the order of Table 5; LCCo's rows stand after SEEM's
+    "sam": Sam, "sam-gt": SamGT, "seem": Seem, "seem-gt": SeemGT, "sam3": Sam3,
+    "clipseg": ClipSeg, "clustering": Clustering,
+}  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------------------- by name
-BASELINES: dict[str, tuple[type[Baseline], type]] = {  # in the order of Table 5; LCCo's rows stand after SEEM's
-    "sam": (Sam, SamSettings),
-    "sam-gt": (SamGT, BoxSettings),
-    "seem": (Seem, SeemSettings),
-    "seem-gt": (SeemGT, SeemSettings),
-    "mask2former": (Mask2Former, PanopticSettings),
-    "mask2former-gt": (Mask2FormerGT, PanopticSettings),
-    "oneformer": (OneFormer, PanopticSettings),
-    "oneformer-gt": (OneFormerGT, PanopticSettings),
-    "sam2-gt": (Sam2GT, BoxSettings),
-    "sam3": (Sam3, TextSettings),
-    "clipseg": (ClipSeg, TextSettings),
-    "grounding-dino-sam2": (Grounded, GroundedSettings),
-    "saliency": (Saliency, SaliencySettings),
-    "clustering": (Clustering, ClusterSettings),
-}
-
-
-def make_baseline(
-    name: str, inputs: Inputs | None = None, *, weights: Mapping[str, str] | None = None, **settings: Any
-) -> Baseline:
-    """The co-segmenter of that name (`BASELINES`), ready to run.
-
-    inputs: the profile's frozen parts, from which come tower, vocabulary, backbone and device (`runs.shared_inputs`);
-    weights: model → local folder or `repository@commit`, in the place of `HUB`'s; settings: of its settings class
-    (the clustering's defaults are `CHOSEN` for the backbone).
-    Raises: Absent within seconds when weights are not here and cannot be had; LCCoError for an unknown name or setting.
-    """
-    if name not in BASELINES:
-        raise LCCoError(f"no baseline `{name}`{nearest(name, BASELINES)}")
-    kind, form = BASELINES[name]
-    given = dict(weights or {})
-    for model in given:
-        if model not in (*HUB, *BY_HAND):
-            raise LCCoError(f"weights of unknown model `{model}`{nearest(model, (*HUB, *BY_HAND))}")
-    if kind is Clustering and inputs is not None:
-        settings = CHOSEN.get(inputs.backbone.name, {}) | settings
-    chosen = build(form, settings, f"{name}.")
-    folders = {model: find_weights(model, given.get(model)) for model in kind.models}
-    if inputs is None and kind.frozen:
-        raise LCCoError(f"baseline `{name}` needs `inputs`, the profile's frozen parts (runs.shared_inputs)")
-    return kind(inputs, folders, chosen)
-
-
-# ------------------------------------------------------------------------------------------------------------- Table 5
-TABLE = "table5_foundation"
-
-
-@dataclass(frozen=True)
-class Scored:
-    """A baseline's measurement in the place of a training run: where its scores are kept, and its record."""
-
-    path: Path
-    record: dict[str, Any]
-
-
-@dataclass
-class Foundation:
-    """Table 5: rows; the runs and measurements behind them by (row, seed); masks of the sets that are shown.
-
-    absent: what is not here → how to get it. shown: (test set, class, items). masks: row → the masks of each.
-    """
-
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    runs: dict[tuple[str, int], Run | Scored] = field(default_factory=dict)
-    absent: dict[str, str] = field(default_factory=dict)
-    shown: list[tuple[str, str, list[int]]] = field(default_factory=list)
-    masks: dict[str, list[list[np.ndarray]]] = field(default_factory=dict)
-
-
-def score(
-    baseline: Baseline, data: CoSegData, protocols: Sequence[str], group_size: int = 5, seed: int = 0
-) -> tuple[dict[str, Evaluation], Scored]:
-    """Scores of a baseline on a set, computed once and kept in the cache, and the record of how they were made."""
-    from lcco.runs import environment
-
-    slug = "-".join("".join(c if c.isalnum() else " " for c in baseline.name.lower()).split())
-    folder = place("cache") / "baselines" / f"{slug}-{baseline.identity}"
-    files = {}
-    for p in dict.fromkeys(protocols):
-        key = digest([data.identity(), p, group_size, seed], 10)
-        files[p] = folder / f"{data.name}-{p}-{key}.json".replace("/", "_").replace(":", "_")
-    missing = [p for p in files if not files[p].is_file()]
-    if missing:
-        write_json(folder / "record.json", {**baseline.record, "environment": environment()})
-        for p, done in evaluate_all(baseline, data, missing, group_size, seed, f"{baseline.name} on").items():
-            done.to_json(files[p])
-    record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
-    return {p: Evaluation.from_json(file) for p, file in files.items()}, Scored(folder, record)
-
-
-def foundation_results(
-    profile: Profile,
-    *,
+def rivals(
+    names: Sequence[str], features: Features, words: Vocabulary, *,
     weights: Mapping[str, str] | None = None,
-    settings: Mapping[str, Mapping[str, Any]] | None = None,
-    tests: Sequence[str] | None = None,
-    only: Sequence[str] | None = None,
-    images: int = 5,
-) -> Foundation:
-    """Table 5: LCCo and LCCo GT from the run store, and every baseline whose weights are here, on the same sets.
+    settings: Mapping[str, Mapping[str, Any]] | None = None, experiment: str | None = None,
+) -> dict[str, Rival]:  # fmt: skip
+    """Row of Table 5 → its rival, for names in `RIVALS`; nothing is loaded yet.
 
-    weights, settings: as `make_baseline` takes them, settings by baseline; only: names of `BASELINES`. Baselines run
-    one after the other, and a row with absent weights says `not run: weights … not found`. The pictures shown are not
-    picked by eye: of each test set the class with LCCo's median J, its first `images` by name.
+    weights: model ("sam", "sam3", "clipseg", "seem") → a local path, or `repository@commit`.
+    settings: of some rivals, in the place of their `defaults`. experiment: the hash of the
+    experiment that features and words come from, for the records.
+    Raises: LCCoError for an unknown rival or setting.
     """
-    from lcco import tables
-    from lcco.data import load_data
-    from lcco.runs import shared_inputs
-
-    settings = dict(settings or {})
-    names = list(BASELINES) if only is None else list(only)
-    for name in [*settings, *names]:
-        if name not in BASELINES:
-            raise LCCoError(f"no baseline `{name}`{nearest(name, BASELINES)}")
-    tests = list(tests or profile.ablation_test or profile.tests)  # the paper: iCoseg, or what is in its place
-    out, e = Foundation(), profile.experiment
-    mine = tables.collect(profile, TABLE, [_lcco_variant(profile)], tests=tests)
-    out.runs.update(mine.runs)
-    known: dict[str, CoSegData | str] = {}  # the test set, or why there is none
-    for test in tests:
-        try:
-            known[test] = load_data(test)
-        except LCCoError as error:
-            known[test] = tables.absence(error)
-    out.shown = _shown(profile, known, mine.runs, images)
-    with_gt = [_with_gt(profile, row, mine.runs) for row in mine.rows]
-    if mine.runs:
-        run = mine.runs["LCCo", profile.seeds[0]]
-        for row, gt in (("LCCo GT", True), ("LCCo", False)):
-            out.masks[row] = _masks_of(run.predictor(gt=gt), known, out.shown)
-
-    inputs: Inputs | None = None
-    why = ""
-    try:
-        inputs = shared_inputs(e)
-    except LCCoError as error:
-        why = tables.absence(error)
+    weights, settings, out = dict(weights or {}), dict(settings or {}), {}
+    for name in [*names, *settings]:
+        if name not in RIVALS:
+            raise LCCoError(f"no rival `{name}`; there are: {', '.join(RIVALS)}")
     for name in names:
-        kind, _ = BASELINES[name]
-        for seed in profile.seeds if kind is Clustering else (None,):
-            cells = {"backbone": " + ".join(_model_name(m, weights) for m in kind.models), "seed": seed}
-            if kind.frozen:
-                cells |= {"tower": tables.tower_name(e), "vocabulary": e.tower.vocabulary}
-            if kind is Clustering:
-                cells |= {"backbone": e.model.backbone, "tower": None, "vocabulary": None}
-            own = dict(settings.get(name, {})) | ({} if seed is None else {"seed": seed})
-            baseline, status = None, why if kind.frozen else ""
-            try:
-                for model in kind.models:  # first, so that the row says what lacks of its own
-                    find_weights(model, (weights or {}).get(model))
-                if not status:
-                    baseline = make_baseline(name, inputs, weights=weights, **own)
-            except Absent as error:
-                out.absent[error.what], status = error.how, f"not run: weights {error.what} not found"
-            for test, data in known.items():
-                paper = _paper(kind.name) if test == "icoseg8" else (None, None)
-                done: dict[str, Evaluation] = {}
-                if baseline is not None and isinstance(data, CoSegData):
-                    done, scored = score(baseline, data, profile.protocols, profile.group_size)
-                    out.runs[f"{kind.name} on {test}", seed or 0] = scored
-                for protocol in profile.protocols:
-                    row = tables.make_row(TABLE, kind.name, profile, None, **cells, test_set=test, protocol=protocol)
-                    row |= {"group_size": profile.group_size, "paper_P": paper[0], "paper_J": paper[1]}
-                    if done:
-                        row |= tables.per_cent(done[protocol].summary) | {"run": scored.path.name}
-                    else:
-                        row["status"] = data if isinstance(data, str) else status
-                    out.rows.append(row)
-            if baseline is not None and kind.name not in out.masks:
-                out.masks[kind.name] = _masks_of(baseline, known, out.shown)
-            del baseline
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-        if name == "seem-gt" or ("seem-gt" not in names and name == names[-1]):
-            out.rows += [*with_gt, *mine.rows]
-    if "icoseg8" not in tests:
-        out.rows += _quoted(profile)
-    elif not _on_coco(profile):
-        gt = [row for row in _quoted(profile) if row["row"] == "LCCo GT"]
-        out.rows += [row | {"row": "LCCo GT (COCO)", "train_set": "COCO"} for row in gt]
-    for what, how in out.absent.items():
-        print(f"weights {what} not found. To get the row: {how}", file=sys.stderr, flush=True)
+        own = CHOSEN.get(features.backbone.name, {}) if name == "clustering" else {}
+        own = own | dict(settings.get(name, {}))
+        out[RIVALS[name].name] = RIVALS[name](features, words, weights, own, experiment)
     return out
-
-
-def foundation_figure(profile: Profile, found: Foundation, folder: Path) -> Path | None:
-    """The qualitative figure of Table 5, a row for each method that could be run; None when none could."""
-    from lcco.data import load_data
-    from lcco.figures import Panel, is_drawn, qualitative, save
-
-    if not found.masks or not found.shown:
-        return None
-    panels, drawn = [], True
-    for n, (test, cls, items) in enumerate(found.shown):
-        data = load_data(test)
-        drawn &= is_drawn(data)
-        masks = {"truth": [(data.mask(i, [cls]) == 1).astype(np.float32) for i in items]}
-        masks |= {row: [np.float32(m) for m in sets[n]] for row, sets in found.masks.items()}
-        panels.append(Panel(f"{cls}, {test}", [np.asarray(data.image(i)) / 255 for i in items], masks))
-    text = (
-        "Table 5's methods side by side, a row each. Sets chosen by rule: of each test set the class with LCCo's "
-        "median J, its first images by name; masks at threshold 0.5. Methods whose weights are not here have no row."
-    )
-    return save(qualitative(panels), folder, TABLE, text, photos=not drawn)
-
-
-def _lcco_variant(profile: Profile) -> Any:
-    from lcco.tables import Variant, main_variants
-
-    lcco = main_variants(profile)[0]
-    return Variant("LCCo", paper={k: v for k, v in lcco.paper.items() if k == "icoseg8"})
-
-
-def _with_gt(profile: Profile, row: dict[str, Any], runs: Mapping[tuple[str, int], Run]) -> dict[str, Any]:
-    """LCCo's row with the true class given to the same model; the paper's number is of one that was trained on COCO."""
-    from lcco.tables import MEASURED, per_cent
-
-    paper = _paper("LCCo GT") if row["test_set"] == "icoseg8" and _on_coco(profile) else (None, None)
-    out = row | {"row": "LCCo GT", "paper_P": paper[0], "paper_J": paper[1]}
-    if row["status"] == MEASURED:
-        run = runs["LCCo", row["seed"]]
-        done = run.evaluate(row["test_set"], row["protocol"], row["group_size"], gt=True)
-        out |= per_cent(done[row["protocol"]].summary)
-    return out
-
-
-def _paper(method: str) -> tuple[float | None, float | None]:
-    from lcco.tables import paper_number, paper_table
-
-    known = set(paper_table(TABLE)["method"])
-    return paper_number(TABLE, method=method) if method in known else (None, None)
-
-
-def _on_coco(profile: Profile) -> bool:
-    """Whether LCCo's training set is COCO, as that of the paper's Table 5: its LCCo GT equals Table 1's COCO row."""
-    return any("coco" in name for name in profile.experiment.data.train)
-
-
-def _quoted(profile: Profile) -> list[dict[str, Any]]:
-    """The paper's Table 5 as rows of its own, where it cannot stand beside a measurement on the same set."""
-    from lcco.tables import QUOTED, make_row, paper_table
-
-    rows = []
-    for method in paper_table(TABLE)["method"]:
-        p, j = _paper(method)
-        cells = {"test_set": "icoseg8", "protocol": "as printed", "paper_P": p, "paper_J": j, "status": QUOTED}
-        rows.append(make_row(TABLE, method, profile, **cells))
-    return rows
-
-
-def _model_name(model: str, weights: Mapping[str, str] | None) -> str:
-    """A model for the table's notes: its hub name without the commit, or the name of a local folder."""
-    where = str((weights or {}).get(model) or HUB.get(model) or model)
-    path = Path(where).expanduser()
-    return path.name if path.exists() or where[0] in "./~" else where.partition("@")[0]
-
-
-def _shown(
-    profile: Profile, known: Mapping[str, CoSegData | str], runs: Mapping[tuple[str, int], Run], images: int
-) -> list[tuple[str, str, list[int]]]:
-    """For each test set the class with LCCo's median J (without LCCo the middle one by name) and its first images."""
-    from lcco.tables import refusal
-
-    out = []
-    for test, data in known.items():
-        if isinstance(data, str):
-            continue
-        order = sorted(data.groups)
-        if runs and not refusal(profile, data):
-            done = runs["LCCo", profile.seeds[0]].evaluate(test, profile.protocols[0], profile.group_size)
-            scores: dict[str, list[float]] = {}
-            for line in done[profile.protocols[0]].rows:
-                scores.setdefault(line["class"], []).append(line["J"])
-            order = sorted(scores, key=lambda c: (float(np.mean(scores[c])), c))
-        # a single set would leave half of the page empty: two classes then
-        for share in (0.5,) if len(known) > 1 else (0.25, 0.75):
-            cls = order[min(int(share * len(order)), len(order) - 1)]
-            items = sorted(data.groups[cls], key=data.keys.__getitem__)[:images]
-            if (test, cls, items) not in out:
-                out.append((test, cls, items))
-    return out
-
-
-def _masks_of(segment: Any, known: Mapping[str, CoSegData | str], shown: Sequence[tuple]) -> list[list[np.ndarray]]:
-    return [[np.float16(m) for m in segment(known[test], items, cls)] for test, cls, items in shown]

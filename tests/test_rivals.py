@@ -1,0 +1,482 @@
+"""Table 5's rivals: hand-worked votes; every pipeline whole on tiny models in local folders."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import drawn
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lcco import backbones
+from lcco.backbones import make_backbone
+from lcco.common import LCCoError, Missing
+from lcco.data import load_data
+from lcco.experiment.evaluate import evaluate_all
+from lcco.experiment.features import Features
+from lcco.experiment.rivals import (
+    HUB,
+    RIVALS,
+    boxes_of,
+    cut_out,
+    find_weights,
+    kmeans,
+    pack,
+    rivals,
+    salient_clusters,
+    unpack,
+    vote_class,
+    vote_panoptic,
+)
+from lcco.semantics import make_vocabulary
+
+torch.set_num_threads(1)
+WORDS = ("cow", "dog", "car", "cat")
+# A random model's scores say nothing, so nothing may be thrown away for a low one.
+LENIENT = {
+    "sam": {"points": 3, "pred_iou_thresh": -100.0, "stability_score_thresh": 0.0, "batch": 4},
+    "sam3": {"threshold": 0.0},
+}
+
+
+# -------------------------------------------------------------------------------------- tiny models
+def clip_tokenizer(T):
+    letters = [chr(c) for c in range(97, 123)]
+    words = ["<|startoftext|>", "<|endoftext|>", *letters, *[f"{c}</w>" for c in letters]]
+    return T.CLIPTokenizer(vocab={w: n for n, w in enumerate(words)}, merges=[])
+
+
+def tiny_sam(T):
+    heads = {"hidden_size": 16, "num_attention_heads": 2}
+    vision = {
+        "output_channels": 16,
+        "num_hidden_layers": 1,
+        "image_size": 64,
+        "patch_size": 16,
+        "window_size": 2,
+    }
+    vision |= {
+        "global_attn_indexes": [0],
+        "num_pos_feats": 8,
+        "mlp_dim": 16,
+        "initializer_range": 0.02,
+        **heads,
+    }
+    prompt = {"hidden_size": 16, "image_size": 64, "patch_size": 16, "mask_input_channels": 4}
+    decoder = {"mlp_dim": 16, "iou_head_hidden_dim": 16, **heads}
+    config = T.SamConfig(
+        vision_config=vision, prompt_encoder_config=prompt, mask_decoder_config=decoder
+    )
+    sizes = {"size": {"longest_edge": 64}, "pad_size": {"height": 64, "width": 64}}
+    sizes |= {"mask_size": {"longest_edge": 16}, "mask_pad_size": {"height": 16, "width": 16}}
+    return T.SamModel(config), T.SamProcessor(T.SamImageProcessor(**sizes))
+
+
+def tiny_clipseg(T):
+    tokens = {"eos_token_id": 1, "bos_token_id": 0, "pad_token_id": 1, "vocab_size": 60}
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    config = T.CLIPSegConfig(
+        text_config={"num_hidden_layers": 1, **shape, **tokens}, projection_dim=16,
+        vision_config={"num_hidden_layers": 2, "image_size": 32, "patch_size": 8, **shape},
+        extract_layers=[0, 1], reduce_dim=16, decoder_num_attention_heads=2, decoder_intermediate_size=16,
+    )  # fmt: skip
+    images = T.ViTImageProcessor(size={"height": 32, "width": 32})
+    return T.CLIPSegForImageSegmentation(config), T.CLIPSegProcessor(images, clip_tokenizer(T))
+
+
+def tiny_sam3(T):
+    shape = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
+    trunk = {
+        "model_type": "sam3_vit_model",
+        "num_hidden_layers": 2,
+        "image_size": 56,
+        "patch_size": 14,
+        **shape,
+    }
+    trunk |= {"window_size": 2, "global_attn_indexes": [1], "pretrain_image_size": 28}
+    text = {
+        "vocab_size": 60,
+        "num_hidden_layers": 1,
+        "max_position_embeddings": 32,
+        "projection_dim": 16,
+        **shape,
+    }
+    text |= {"eos_token_id": 1, "bos_token_id": 0, "pad_token_id": 1}
+    config = T.Sam3Config(
+        vision_config={"backbone_config": trunk, "fpn_hidden_size": 16,
+                       "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]},
+        text_config=text, geometry_encoder_config={"num_layers": 1, **shape},
+        detr_encoder_config={"num_layers": 1, **shape},
+        detr_decoder_config={"num_layers": 1, "num_queries": 5, **shape},
+        mask_decoder_config={"hidden_size": 16, "num_attention_heads": 2},
+    )  # fmt: skip
+    images = T.Sam3ImageProcessor(
+        size={"height": 56, "width": 56}, mask_size={"height": 16, "width": 16}
+    )
+    return T.Sam3Model(config), T.Sam3Processor(images, clip_tokenizer(T))
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> dict[str, str]:
+    """Local folders of tiny random models, as a hub's snapshot has them."""
+    T = pytest.importorskip("transformers")
+    T.utils.logging.disable_progress_bar()
+    root, out = tmp_path_factory.mktemp("weights"), {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for name, make in {"sam": tiny_sam, "sam3": tiny_sam3, "clipseg": tiny_clipseg}.items():
+            for part in make(T):
+                part.save_pretrained(root / name)
+            out[name] = str(root / name)
+    return out
+
+
+class Tower:
+    """Embeds a picture by its mean colour: red means the first word, green the second, …"""
+
+    width, logit_scale, identity, mean, calls = 4, 20.0, "colours", (0.5, 0.5, 0.5), 0
+
+    def encode_images(self, images):
+        rows = []
+        for image in images:
+            colour = np.asarray(image.convert("RGB"), np.float32).mean((0, 1)) / 255
+            rows.append(torch.tensor([*colour, 0.1]))
+        self.calls += len(rows)
+        return (
+            torch.nn.functional.normalize(torch.stack(rows), dim=-1) if rows else torch.zeros(0, 4)
+        )
+
+    def encode_prompts(self, texts):
+        return torch.stack(
+            [torch.eye(4)[next((n for n, w in enumerate(WORDS) if w in t), 3)] for t in texts]
+        )
+
+
+@pytest.fixture
+def data(tmp_path):
+    return load_data(str(drawn.folders(tmp_path, n=4)))
+
+
+@pytest.fixture
+def parts(tmp_path):
+    """Features of a random backbone and a tower that sees colours, and four words."""
+    file = tmp_path / "words.txt"
+    file.write_text("\n".join(WORDS) + "\n")
+    torch.manual_seed(0)
+    features = Features(Tower(), make_backbone("resnet18", None, 4), 64)
+    config = SimpleNamespace(vocabulary=str(file), templates=("a photo of a {}.",))
+    return features, make_vocabulary(features.tower, config)
+
+
+def make(name, parts, weights=None, **settings):
+    (found,) = rivals([name], *parts, weights=weights, settings={name: settings}).values()
+    return found
+
+
+# ------------------------------------------------------------------------------ crop, pad and boxes
+def test_a_cut_out_is_cropped_whitened_and_padded_as_worked_by_hand():
+    image = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
+    mask = np.zeros((4, 6), bool)
+    mask[1, 2:5] = mask[2, 3] = True  # box: rows 1–2, columns 2–4
+    out = np.asarray(cut_out(image, mask))
+    assert out.shape == (3, 3, 3)  # 2 × 3 padded to a square: no row above, one below
+    assert (out[0] == image[1, 2:5]).all() and (out[1, 1] == image[2, 3]).all()
+    assert (out[1, [0, 2]] == 255).all() and (out[2] == 255).all()
+    mask = np.zeros((9, 9), bool)
+    mask[0:5, 4] = True  # 5 × 1: two white columns on either side
+    out = np.asarray(cut_out(np.zeros((9, 9, 3), np.uint8), mask))
+    assert out.shape == (5, 5, 3) and (out[:, 2] == 0).all() and (out[:, [0, 1, 3, 4]] == 255).all()
+
+
+def test_boxes_are_one_an_object():
+    mask = np.zeros((10, 12), bool)
+    assert boxes_of(mask) == []
+    mask[1:3, 2:5] = True
+    mask[3, 5] = True  # touches at a corner: the same object
+    mask[6:9, 8:10] = True
+    assert boxes_of(mask) == [[2, 1, 6, 4], [8, 6, 10, 9]]
+    mask[9, 0] = True
+    assert len(boxes_of(mask)) == 3 and boxes_of(mask, least=0.02) == [[2, 1, 6, 4], [8, 6, 10, 9]]
+    assert boxes_of(mask, least=1.0) == [[2, 1, 6, 4]]  # nothing is large enough: the largest stays
+
+
+def test_masks_are_packed():
+    a = np.zeros((5, 7), bool)
+    a[0:2, 0:3] = True
+    assert (unpack(pack(a)) == a).all() and isinstance(pack(a)["counts"], bytes)
+
+
+def test_the_class_of_a_set_is_voted_by_sum():
+    scores = [
+        np.array([[0.6, 0.4, 0.0], [0.1, 0.2, 0.0]]),
+        np.array([[0.55, 0.45, 0.0]]),
+        np.array([[0.0, 0.9, 0.1]]),
+    ]  # best mask of each class: (.6 .4), (.55 .45), (0 .9); sums 1.15 and 1.75
+    assert vote_class(scores) == 1
+    assert vote_class([np.zeros((0, 3)), scores[0]]) == 0  # an image without masks does not vote
+    assert vote_class([np.zeros((0, 3))]) is None and vote_class([]) is None
+
+
+def test_the_panoptic_vote_and_its_ties():
+    images = [{"dog": 0.1, "cow": 0.5}, {"dog": 0.1}, {"cow": 0.05, "cat": 0.9}]
+    assert vote_panoptic(images) == "cow"  # two images each: 0.55 of area against 0.2
+    assert (
+        vote_panoptic([*images, {"dog": 0.01}]) == "dog"
+    )  # three images against two, whatever the area
+    assert vote_panoptic([{"b": 0.2, "a": 0.2}]) == "a"
+    assert vote_panoptic([{}, {}]) is None
+
+
+# ------------------------------------------------------------------------------------- clustering
+def test_kmeans_finds_separate_directions():
+    torch.manual_seed(0)
+    truth = torch.arange(3).repeat_interleave(20)
+    x = torch.nn.functional.normalize(torch.eye(3)[truth] + 0.05 * torch.randn(60, 3), dim=1)
+    labels = kmeans(x, 3)
+    assert (
+        all(len(labels[truth == c].unique()) == 1 for c in range(3)) and len(labels.unique()) == 3
+    )
+    assert torch.equal(labels, kmeans(x, 3))  # the same seed, the same clusters
+    assert (
+        kmeans(torch.ones(4, 2) / 2**0.5, 3).unique().numel() == 1
+    )  # fewer directions than clusters
+
+
+def test_salient_clusters_are_voted_by_the_images():
+    labels = torch.tensor([[[0, 1], [2, 2]], [[0, 1], [1, 2]]])
+    saliency = torch.tensor([[[4.0, 2.0], [1.0, 1.0]], [[4.0, 0.5], [0.5, 3.0]]])  # means 2 and 2
+    # relative: image 1 → 2, 1, 0.5; image 2 → 2, 0.25, 1.5
+    assert salient_clusters(labels, saliency, 1.2, 1.0) == [0]
+    assert salient_clusters(labels, saliency, 1.2, 0.5) == [0, 2]
+    assert salient_clusters(labels, saliency, 9.0, 0.5) == [0]  # none: the most salient on average
+
+
+def test_clustering_finds_what_stands_out_in_a_set(parts, data):
+    """The net is random, but its features still tell a coloured square on a plain ground."""
+    maps = list(make("clustering", parts, clusters=3)(data, list(data.groups["cow"]), "cow"))
+    assert len(maps) == 4 and all(m.shape == (8, 8) and set(np.unique(m)) <= {0, 1} for m in maps)
+    assert all(m.any() for m in maps)
+    again = make("clustering", parts, clusters=3)(data, list(data.groups["cow"]), "dog")
+    assert all((a == b).all() for a, b in zip(maps, again, strict=True))  # it sees no class name
+
+
+def test_clustering_is_the_same_with_a_live_backbone_and_known_by_all_its_stages(parts, data):
+    features, words = parts
+    torch.manual_seed(0)
+    live = Features(features.tower, make_backbone("resnet18", None, 0), 64)
+    frozen, free = make("clustering", parts), make("clustering", (live, words))
+    items = list(data.groups["cow"])
+    for a, b in zip(frozen.patches(data, items), free.patches(data, items), strict=True):
+        torch.testing.assert_close(a, b, atol=0.02, rtol=0.02)  # kept maps are in half precision
+    assert free.made_of["backbone"].removeprefix("resnet18-4-") in features.backbone.identity
+    with torch.no_grad():
+        next(live.backbone.stages[3].parameters()).mul_(0.5)
+    assert make("clustering", (live, words)).path != free.path
+
+
+# ---------------------------------------------------------------------------------------- weights
+def test_absent_weights_say_so_at_once_and_how_to_get_them(monkeypatch, tmp_path, parts, data):
+    monkeypatch.setenv("LCCO_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(backbones, "reachable", lambda *a: pytest.fail("touched the network"))
+    began = time.monotonic()
+    for model, where in HUB.items():
+        repo = where.partition("@")[0]
+        assert len(where.partition("@")[2]) == 40
+        with pytest.raises(Missing, match=f"`{repo}` not found: .*`hf download {repo}") as caught:
+            find_weights(model)
+        assert caught.value.status == f"not run: weights not found ({repo})"
+    with pytest.raises(Missing, match="PYTHONPATH"):
+        find_weights("seem")
+    with pytest.raises(Missing, match="`gone` not found: there is no"):
+        find_weights("sam", str(tmp_path / "gone"))
+    for one in rivals([n for n in RIVALS if n != "clustering"], *parts).values():
+        with pytest.raises(Missing):  # a table's row then says so
+            one.evaluate(data, ["ufo"])
+    assert time.monotonic() - began < 30
+
+
+def test_mistakes_are_named(parts, weights, data):
+    with pytest.raises(LCCoError, match="no rival `sam-2`; there are: sam, sam-gt"):
+        rivals(["sam-2"], *parts)
+    with pytest.raises(LCCoError, match="SAM: no setting `fil`; there are: points"):
+        make("sam", parts, weights, fil="white")
+    with pytest.raises(LCCoError, match="cannot be loaded as AutoModelForMaskGeneration"):
+        list(make("sam", parts, {"sam": weights["clipseg"]})(data, [0], "cow"))
+
+
+def test_weights_that_lack_parameters_are_refused(parts, weights, tmp_path, data):
+    """transformers would fill them with random numbers and only warn."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "clipseg"
+    shutil.copytree(weights["clipseg"], folder)
+    state = load_file(folder / "model.safetensors")
+    state.pop("decoder.film_mul.weight")
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(LCCoError, match="`decoder.film_mul.weight` is missing"):
+        list(make("clipseg", parts, {"clipseg": str(folder)})(data, [0], "cow"))
+
+
+# ------------------------------------------------------------------------------ pipelines, whole
+@pytest.mark.parametrize("name", [n for n in RIVALS if not n.startswith("seem")])
+def test_each_pipeline_runs_from_images_to_scores(name, parts, weights, data):
+    rival = make(name, parts, weights, **LENIENT.get(name, {}))
+    maps = list(rival(data, list(data.groups["cow"])[:3], "cow"))
+    assert len(maps) == 3 and all(m.ndim == 2 and m.min() >= 0 and m.max() <= 1 for m in maps)
+    assert any(m.any() for m in maps)
+    done = rival.evaluate(data, ("ufo", "native"), 3)
+    assert done["ufo"].summary["images"] == 8 and 0 < done["native"].summary["P"] <= 1
+    record = rival.record
+    assert record["rival"] == rival.name and record["environment"]["versions"]["torch"]
+    now = {"digest": data.digest(), "masks": data.truth_digest()}
+    assert record["data"] == {data.name: now}
+    assert set(record["weights"]) == set(rival.models) and rival.path.is_dir()
+    assert str(Path(weights["sam"]).parent) not in json.dumps(record)  # no path of this machine
+
+
+def test_scores_are_kept_and_settings_and_data_part_them(parts, data, tmp_path, monkeypatch):
+    one = make("clustering", parts, clusters=3)
+    first = one.evaluate(data, ("ufo",), 3)
+    other = load_data(str(drawn.folders(tmp_path, n=3, name="other", first=300)))
+    assert one.evaluate(other, ("ufo",), 3)["ufo"].rows != first["ufo"].rows
+    with monkeypatch.context() as m:
+        m.setattr(type(one), "__call__", lambda *a: pytest.fail("scored before"))
+        again = make("clustering", parts, clusters=3)
+        assert again.evaluate(data, ("ufo",), 3) == first and again.record["data"]
+    assert make("clustering", parts, clusters=4).path != one.path
+    (named,) = rivals(["clustering"], *parts, experiment="0123456789").values()
+    assert named.record["experiment_hash"] == "0123456789"
+
+
+def test_rivals_are_collected_as_runs_are(parts, weights, data, tmp_path, monkeypatch):
+    from lcco.config import Profile
+    from lcco.experiment.tables import collect
+
+    monkeypatch.setenv("LCCO_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    models = rivals(
+        ["sam", "clipseg", "clustering"], *parts, weights={"clipseg": weights["clipseg"]}
+    )
+    profile = Profile(name="tiny", tests=(str(tmp_path / "set"),), protocols=("ufo",), group_size=3)
+    rows = collect(profile, "table5_foundation", models).set_index("row")
+    assert rows.loc["SAM", "status"] == "not run: weights not found (facebook/sam-vit-huge)"
+    assert (rows.loc[["CLIPSeg", "Clustering (no training)"], "status"] == "measured").all()
+    assert (
+        rows.loc["CLIPSeg", "run"] == models["CLIPSeg"].path.name and rows.loc["CLIPSeg", "J"] >= 0
+    )
+
+
+def test_a_picture_is_looked_at_once(parts, weights, data):
+    """Two protocols, their groups and both halves of a set share what SAM found."""
+    sam = make("sam", parts, weights, **LENIENT["sam"])
+    looked, look = [], sam.look
+    sam.look = lambda data, i, cls: looked.append(i) or look(data, i, cls)
+    evaluate_all(sam, data, ("ufo", "native"), 3)
+    assert sorted(looked) == list(range(8))
+
+
+def test_masks_come_one_at_a_time(parts, weights, data):
+    stream = make("sam-gt", parts, weights)(data, [0, 1, 2], "cow")
+    assert iter(stream) is stream and next(stream).shape == drawn.SIZE[::-1]
+
+
+def test_sam_takes_the_class_that_the_set_shares(parts, monkeypatch):
+    """Masks fixed by hand: each image has a red and a blue or green one; red = `cow` is shared."""
+    red, other = drawn.rectangle((0, 0, 20, 32)) == 1, drawn.rectangle((24, 0, 48, 32)) == 1
+    sam, empty = make("sam", parts), np.zeros_like(red)  # SAM's empty masks are dropped
+    sam.load = lambda: None
+    sam._masks = lambda image, **_: {"masks": [other, red, empty]}
+
+    class Pictures:
+        def image(self, i):
+            pixels = np.full((32, 48, 3), 90, np.uint8)
+            pixels[red], pixels[other] = (250, 0, 0), [(0, 0, 255), (0, 255, 0), (0, 0, 255)][i]
+            return Image.fromarray(pixels)
+
+    sam.words.embeddings[3] = 0  # the Tower's colours name the first three words
+    found = list(sam(Pictures(), [0, 1, 2], "dog"))  # the name given is not looked at
+    votes = [np.asarray(m) == red for m in found]
+    assert len(found) == 3 and all(v.all() for v in votes)
+
+
+def test_sam_gt_is_given_the_true_boxes(parts, weights, data):
+    asked = []
+    gt = make("sam-gt", parts, weights)
+    gt.prompted = lambda image, boxes: asked.append(boxes) or np.zeros(image.size[::-1], bool)
+    list(gt(data, [data.groups["cow"][0]], "cow"))
+    assert asked == [[list(drawn.BOX)]]
+
+
+# ------------------------------------------------------------------------------------------- SEEM
+SEEM = {
+    "modeling/__init__.py": "def build_model(opt):\n    return opt\n",
+    "modeling/BaseModel.py": """
+import torch
+from types import SimpleNamespace
+class Inner:
+    def __init__(self):
+        self.task_switch, self.metadata, self.texts = {}, None, None
+        embed = lambda words, is_eval: setattr(self, "texts", words)
+        encoder = SimpleNamespace(get_text_embeddings=embed)
+        self.sem_seg_head = SimpleNamespace(predictor=SimpleNamespace(lang_encoder=encoder))
+    def evaluate(self, batch):
+        assert self.texts[-1] == "background" and not any(self.task_switch.values())
+        one = batch[0]
+        assert min(one["image"].shape[1:]) == 512 and one["image"].dtype == torch.uint8
+        ids = torch.zeros(one["height"], one["width"], dtype=torch.int32)
+        ids[:, : one["width"] // 2] = 7
+        ids[:, one["width"] // 2 :] = 9
+        info = [{"id": 7, "category_id": 1, "isthing": True}]
+        info.append({"id": 9, "category_id": 2, "isthing": False})
+        return [{"panoptic_seg": (ids, info)}]
+class BaseModel:
+    def __init__(self, opt, module):
+        assert opt['config'].endswith('.yaml')
+        self.model = Inner()
+    def from_pretrained(self, path):
+        assert path.endswith("seem.pt")
+        return self
+    def eval(self):
+        return self
+    def to(self, device):
+        return self
+""",
+    "utils/__init__.py": "",
+    "utils/arguments.py": "def load_opt_from_config_files(f):\n    return {'config': f[0]}\n",
+    "utils/constants.py": "COCO_PANOPTIC_CLASSES = ['person', 'cow', 'grass-merged']\n",
+    "utils/distributed.py": "def init_distributed(opt):\n    return opt\n",
+}
+
+
+def test_seem_runs_through_an_installation_in_its_published_form(
+    parts, data, tmp_path, monkeypatch
+):
+    file = tmp_path / "seem.pt"
+    file.write_bytes(b"weights")
+    with pytest.raises(Missing, match="`SEEM` not found: .*PYTHONPATH"):
+        make("seem", parts, {"seem": str(file)}).evaluate(data, ["ufo"])
+    for name, text in SEEM.items():
+        path = tmp_path / "checkout" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path / "checkout"))
+    try:
+        for name in ("seem", "seem-gt"):
+            seem = make(name, parts, {"seem": str(file)})
+            masks = list(seem(data, list(data.groups["cow"]), "cow"))
+            assert all(m[:, :24].all() and not m[:, 24:].any() for m in masks)  # stuff has no vote
+        assert seem.common([], "person") == "person" and seem.common([], "ox") == "cow"
+        assert seem.common([], "kow_cow_bull") == "cow"  # no word of it: the nearest by the texts
+        assert not np.any(list(seem(data, [0], "person")))  # the true class is not in the picture
+    finally:
+        for name in [n for n in sys.modules if n.split(".")[0] in ("modeling", "utils")]:
+            del sys.modules[name]
