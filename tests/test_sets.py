@@ -100,7 +100,7 @@ def test_masks_that_would_read_as_empty_are_refused(tmp_path: Path) -> None:
 
 
 def test_folder_truth_of_a_jpeg_may_be_nearly_black(tmp_path: Path) -> None:
-    root = drawn.folders(tmp_path, ("cow",), 1, truth=".jpg")
+    root = drawn.folders(tmp_path, ("cow",), 2, truth=".jpg")
     Image.new("L", drawn.SIZE, 1).save(root / "groundtruth/cow/co_00.jpg")
     assert not load_data(str(root)).mask(0, ["cow"]).any()
 
@@ -479,7 +479,7 @@ def _outlines_in_shares(document: dict) -> None:
         (_same_image_id, r"image id 0 twice \(000000000000.jpg and 000000000001.jpg\)"),
         (_same_annotation_id, r"annotation id 1 twice \(000000000000.jpg and 000000000001.jpg\)"),
         (_same_file, "image 0 and image 1 are both 000000000000.jpg"),
-        (_outlines_in_shares, "3 of 4 pictures looked at have no object pixel|4 of 4"),
+        (_outlines_in_shares, r"000000000000.jpg. is empty, as 4 of 4 masks looked at"),
         (_same_category_id, r"category id 1 twice \(cat and dog\)"),
         (lambda x: x.pop("categories"), "not a COCO instances file .no list `categories`"),
         (lambda x: x.update(categories=[]), "no category with an id and a name"),
@@ -703,11 +703,20 @@ def test_identity_follows_the_masks_too(tmp_path: Path) -> None:
     )
 
 
+def test_most_masks_empty_is_refused(tmp_path: Path) -> None:
+    root = drawn.folders(tmp_path, ("cow", "dog"), 40, truth=".jpg")
+    for n, f in enumerate(sorted((root / "groundtruth").rglob("*.jpg"))):
+        if n % 3:
+            Image.new("L", drawn.SIZE, 1).save(f)  # 0 and 1 in a JPEG
+    with _refused("co_04.jpg: `cow/co_04` is empty, as 13 of 20 masks looked at have no object"):
+        load_data(str(root))
+
+
 def test_construction_decodes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn.voc(tmp_path)
     drawn.folders(tmp_path, d.VOC_CLASSES, 1, name="PASCAL_VOC")
     monkeypatch.setattr(Image, "open", lambda *a, **k: pytest.fail("a picture was opened"))
-    assert len(load_data("pascal1037").groups) == 20
+    assert len(open_folder(tmp_path / "PASCAL_VOC").groups) == 20
     load_data("voc_train")
 
 
@@ -827,7 +836,7 @@ def _is_right(data: d.CoSegData, i: int, c: str, items: list[tuple[str, str]]) -
     assert np.abs(grey.astype(int) - level).max() <= 2
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(items=st.lists(st.tuples(ODD, st.sampled_from(sorted(MODES))), min_size=1, max_size=6))
 def test_any_folder_is_read_pixel_right_or_named(items: list[tuple[str, str]]) -> None:
     with tempfile.TemporaryDirectory() as base:
@@ -848,7 +857,7 @@ def test_any_folder_is_read_pixel_right_or_named(items: list[tuple[str, str]]) -
             _is_right(data, i, "cow", items)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(items=st.lists(st.tuples(ODD, st.sampled_from(sorted(MODES))), min_size=1, max_size=6))
 def test_any_voc_list_is_read_pixel_right_or_named(items: list[tuple[str, str]]) -> None:
     with tempfile.TemporaryDirectory() as base:
@@ -888,7 +897,7 @@ def one_coco(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return root, _document(root)[0].read_text()
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80, deadline=None, derandomize=True, database=None)
 @given(st.data())
 def test_any_odd_entry_of_a_coco_file_is_read_or_named(one_coco, data: st.DataObject) -> None:
     """No entry ends in a traceback; an annotation that is read has the mask that it had."""

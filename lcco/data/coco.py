@@ -19,7 +19,6 @@ from lcco.data.sets import CoSegData, facts
 
 COCO_MIN_AREA = 4000  # COCO-SEG: an image counts for a category by one instance of more pixels
 COCO_MIN_IMAGES = 100  # COCO-SEG: categories with fewer such images are dropped
-PROBED = 200  # pictures whose outlines are decoded at once, to see that they are not all empty
 FAR = 100_000  # pixels: no picture is as wide, and no outline goes there
 _ONE = {"images": "image", "categories": "category", "annotations": "annotation"}
 
@@ -223,7 +222,6 @@ class COCOData(CoSegData):
                 two = " and ".join(f"image {k}" for k in self.ids if self._images[k].name == key)
                 told = f"{self.file}: {two} are both {key}; export it again"
                 self.faults.append(("id twice", key, told))
-        self._probe()
         self.left_out = {
             self.UNUSED: [item for status, item, _ in self.problems if status == "error"],
             "images without a category's instance that is large enough":
@@ -232,21 +230,6 @@ class COCOData(CoSegData):
             f"other annotations than {self.file.name}": others,
         }  # fmt: skip
         self.left_out = {why: names for why, names in self.left_out.items() if names}
-
-    def _probe(self) -> None:
-        """Outlines may all be empty, in shares of the width for instance: look at some."""
-        items = range(0, len(self), -(-len(self) // PROBED))
-        empty = [self.keys[i] for i in items if not self._shows_something(self.ids[i])]
-        if len(empty) > len(items) / 2:
-            told = f"{len(empty)} of {len(items)} pictures looked at have no object pixel"
-            mend = "are the outlines in pixels?"
-            self.faults.append(("empty truth", empty[0], f"{self.file}: {told}; {mend}"))
-
-    def _shows_something(self, key: str) -> bool:
-        try:
-            return any(found.mask(self._images[key]).any() for found in self._objects[key])
-        except LCCoError:
-            return False
 
     def path(self, i: int) -> Path:
         return self._paths[i]

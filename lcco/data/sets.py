@@ -45,6 +45,7 @@ LAYOUTS = {
     "voc": "JPEGImages, SegmentationClass and ImageSets/Segmentation (VOCdevkit/VOC2012)",
     "coco": "train2017 beside annotations/instances_train2017.json",
 }
+PROBED = 20  # masks that are looked at when a set is loaded: most may be empty by a mistake
 VOC_MIN_SHARE = 0.01  # an image is in a class's group when at least 1% of its pixels show the class
 
 
@@ -215,10 +216,26 @@ class CoSegData:
                 if file is not None and not file.is_file():
                     mend = f"put it back or take `{self.keys[i]}` out of the set"
                     raise LCCoError(f"{file}: no such file; {mend}")
+        self._probe()
         for why, names in self.left_out.items():
             told = f"{self.name}: left out {len(names)}, {why}: {few(names, 3)}"
             print(told, file=sys.stderr, flush=True)
         return self
+
+
+    def _probe(self) -> None:
+        """Refuse a set whose masks are empty: empty predictions would score well on it."""
+        items = range(0, len(self), max(1, len(self) // PROBED))
+        if len(empty := [i for i in items if self._is_empty(i)]) > len(items) / 2:
+            told = f"{len(empty)} of {len(items)} masks looked at have no object pixel"
+            where, mend = self.truth_path(empty[0]), "save the object as 255, outlines in pixels"
+            raise LCCoError(f"{where}: `{self.keys[empty[0]]}` is empty, as {told}; {mend}")
+
+    def _is_empty(self, i: int) -> bool:
+        try:
+            return not (self.mask(i, list(self.classes_of(i))) == 1).any()
+        except LCCoError:  # named when it is used
+            return False
 
 
 def _through(name: str) -> Callable[..., Any]:
@@ -509,6 +526,9 @@ class VOCData(CoSegData):
 
     def labels_of(self, i: int) -> frozenset[str]:
         return frozenset(self.areas[i])
+
+    def _is_empty(self, i: int) -> bool:
+        return False  # its groups are made of what the masks show
 
     def knows_all(self, i: int) -> bool:
         return not (self.partial and self.keys[i].startswith(self.partial))
