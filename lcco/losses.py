@@ -34,6 +34,10 @@ def _object_and_valid(truth: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     return (truth == 1).to(like), (truth != VOID).to(like)
 
 
+def _at_least_float(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def iou_loss(logits: Tensor, truth: Tensor, present: Tensor) -> Tensor:
     """Mean IoU loss of the masks. Paper: Eq. (10)."""
     g, valid = _object_and_valid(truth, logits)
@@ -44,13 +48,15 @@ def iou_loss(logits: Tensor, truth: Tensor, present: Tensor) -> Tensor:
 def coarse_loss(coarse: Tensor, truth: Tensor, present: Tensor) -> Tensor:
     """Mean IoU loss of the coarse masks against the area-averaged truth. Paper: Eq. (11).
 
-    coarse: [B, N, h, w] logits. ε is scaled to the smaller map. Void pixels count as background.
+    coarse: [B, N, h, w] logits. A cell's truth is the mean of its valid pixels, and its weight
+    their share, so void counts for nothing. ε is scaled to the smaller map.
     """
-    g, _ = _object_and_valid(truth, coarse)
-    small = F.adaptive_avg_pool2d(g, coarse.shape[-2:])  # [B, N, h, w]
+    size = coarse.shape[-2:]
+    g, valid = (F.adaptive_avg_pool2d(x, size) for x in _object_and_valid(truth, coarse))
+    g = g / valid.clamp(min=torch.finfo(valid.dtype).tiny)  # [B, N, h, w]
     eps = coarse[0, 0].numel() / truth[0, 0].numel()
     # L_cs = (1/N) Σ_i η(M̂_i^c, M_i↓^gt)
-    return _mean(soft_iou(coarse.sigmoid(), small, torch.ones_like(small), eps), present)
+    return _mean(soft_iou(coarse.sigmoid(), g, valid, eps), present)
 
 
 def true_class(masked_embeddings: Tensor, prompt_embeddings: Tensor, present: Tensor) -> Tensor:
@@ -100,20 +106,21 @@ def total_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """The training loss and its parts, {"iou", "cs", "c", "bce"} as far as used. Paper: Eq. (9).
 
-    output: of `LCCo`; true: [B] from `true_class`, −1 = unknown (left out of L_c). A term whose
-    module is off, or whose λ is 0, is left out.
+    output: of `LCCo`, whose half-precision logits become float here; true: [B] from `true_class`,
+    −1 = unknown (left out of L_c). A term whose module is off, or whose λ is 0, is left out.
     """
+    logits = _at_least_float(output.logits)
     # L = L_iou + λ1·L_cs + λ2·L_c
-    parts = {"iou": iou_loss(output.logits, truth, present)}
+    parts = {"iou": iou_loss(logits, truth, present)}
     total = parts["iou"]
     if output.coarse is not None and lambda_cs:
-        parts["cs"] = coarse_loss(output.coarse, truth, present)
+        parts["cs"] = coarse_loss(_at_least_float(output.coarse), truth, present)
         total = total + lambda_cs * parts["cs"]
     if output.class_logits is not None and lambda_c and true is not None and (true >= 0).any():
         known = true >= 0
         parts["c"] = classification_loss(output.class_logits[known], true[known], lc_reduction)
         total = total + lambda_c * parts["c"]
     if bce:
-        parts["bce"] = bce_loss(output.logits, truth, present)
+        parts["bce"] = bce_loss(logits, truth, present)
         total = total + bce * parts["bce"]
     return total, parts

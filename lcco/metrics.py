@@ -80,16 +80,20 @@ def resize_map(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         return values
     tensor = torch.from_numpy(np.ascontiguousarray(values, np.float32))[None, None]
     resized = torch.nn.functional.interpolate(tensor, size, mode="bilinear", antialias=True)
-    return resized[0, 0].numpy()
+    # Rounding must not leave the range: a flat map stays flat, under adaptive thresholds too.
+    return resized[0, 0].clamp(tensor.min(), tensor.max()).numpy()
 
 
-def resize_truth(truth: np.ndarray, side: int) -> np.ndarray:
+def resize_truth(truth: np.ndarray, side: int, *, grey: bool = False) -> np.ndarray:
     """A truth squashed to side × side as the peers' code does: PIL's bilinear on 8-bit grey, > 0.5.
 
-    truth: 0, 1 and 255 = void, which becomes background. Returns 0 and 1.
+    truth: 0, 1 and 255 = void, which becomes background; `grey`: a file's own grey levels, as the
+    peers resize them before their threshold. Returns 0 and 1.
     """
-    grey = Image.fromarray(np.where(truth == 1, 255, 0).astype(np.uint8))
-    return (np.asarray(grey.resize((side, side), Image.Resampling.BILINEAR)) > 127).astype(np.uint8)
+    levels = truth if grey else np.where(truth == 1, 255, 0)
+    image = Image.fromarray(levels.astype(np.uint8))
+    small = image.resize((side, side), Image.Resampling.BILINEAR)
+    return (np.asarray(small) > 127).astype(np.uint8)
 
 
 def adaptive_threshold(values: np.ndarray, cap: float) -> float:
@@ -145,10 +149,14 @@ class Protocol:
             return consecutive_groups(shuffled(indices, seed, label), n, repeat=False)
         return consecutive_groups(indices, n)
 
-    def truth(self, mask: np.ndarray) -> np.ndarray:
-        """A truth [H, W] of 0, 1, 255 at this protocol's size, with 255 where void is ignored."""
+    def truth(self, mask: np.ndarray, grey: np.ndarray | None = None) -> np.ndarray:
+        """A truth [H, W] of 0, 1, 255 at this protocol's size, with 255 where void is ignored.
+
+        grey: the truth before its threshold, where its file is lossy (`CoSegData.grey_truth`).
+        """
         if self.size:
-            return resize_truth(mask, self.size)
+            own = mask if grey is None else grey
+            return resize_truth(own, self.size, grey=grey is not None)
         return mask if self.ignore_void else np.where(mask == VOID, 0, mask)
 
     def binarise(self, values: np.ndarray, shape: tuple[int, int]) -> np.ndarray:

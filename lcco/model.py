@@ -84,8 +84,8 @@ class ISFC(nn.Module):
 
     All edges of the complete graph share the weights, so any N works; a lone image passes through.
     softmax: `neighbours` weighs the J edges against one another at each channel and position;
-    `channels` is the paper's sentence read literally, over the stacked J·C channels, rescaled by C
-    so that maps keep their size.
+    `channels` is the paper's sentence read literally, over the stacked J·C channels; Deviation: as
+    its α are of order 1/(J·C), each map is brought to the norm that the plain average has.
     Deviation: heads, norm and layer sizes follow SuperGlue, which the paper cites and builds on.
     """
 
@@ -133,16 +133,18 @@ class ISFC(nn.Module):
 
         edges: [M, J, C, H, W], the F̄; valid: [M, J], false where a node has fewer neighbours.
         """
-        C = edges.shape[2]
         absent = ~valid[:, :, None, None, None]
+        edges = edges.masked_fill(absent, 0)
         # α_i^j = Softmax of the F̄_i themselves
         scores = edges.masked_fill(absent, float("-inf"))
-        if self.softmax == "neighbours":
-            alpha = scores.softmax(dim=1)  # [M, J, C, H, W]
-        else:
-            alpha = scores.flatten(1, 2).softmax(dim=1).view_as(edges) * C  # [M, J, C, H, W]
+        scores = scores if self.softmax == "neighbours" else scores.flatten(1, 2)
+        alpha = scores.softmax(dim=1).view_as(edges)  # [M, J, C, H, W]
+        average = (alpha * edges).sum(dim=1)  # [M, C, H, W]
+        if self.softmax == "channels":
+            plain = edges.sum(dim=1) / valid.sum(dim=1)[:, None, None, None]  # [M, C, H, W]
+            average = average * (_norm(plain) / _norm(average).clamp(min=1e-12))
         # F̂_i = Conv(Σ_{j≠i} α_i^j ⊙ F̄_i^j)
-        return self.conv((alpha * edges.masked_fill(absent, 0)).sum(dim=1))  # [M, C, H, W]
+        return self.conv(average)  # [M, C, H, W]
 
     def forward(self, x: Tensor, group: Tensor) -> Tensor:
         """Refine F¹ [M, C, H, W]. group: [M] group numbers."""
@@ -406,6 +408,10 @@ class LCCo(nn.Module):
         p = self.refine(p, 8, cues)
         p = self.head(self.lateral4(c4) + _resize(self.reduce4(p), c4))  # [M, 1, H/4, W/4]
         return F.interpolate(p, scale_factor=4, mode="bilinear", align_corners=False)[:, 0]
+
+
+def _norm(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=(1, 2, 3), keepdim=True)
 
 
 def _resize(x: Tensor, like: Tensor) -> Tensor:
