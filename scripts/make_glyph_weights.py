@@ -37,14 +37,14 @@ CAPTIONS = (TEMPLATE, "a {}.", "a picture of a {}.", "there is a {} in the scene
             "a scene with a {}.", "one {}.")  # fmt: skip
 # timm's smallest ResNet learns these drawings several times faster than open_clip's own. The
 # tokeniser's 49,408 rows decide the file's size (3.2 of 4 MB), so the text tower is narrow.
-SIZE, CONTEXT = 96, 16
+SIZE, SPAN = 96, 16
 MODEL_CONFIG = {
     "embed_dim": 64,
     "vision_cfg": {"timm_model_name": "test_resnet", "timm_model_pretrained": False,
                    "timm_pool": "avgmax", "timm_proj": "linear", "image_size": SIZE},
-    "text_cfg": {"context_length": CONTEXT, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+    "text_cfg": {"context_length": SPAN, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
 }  # fmt: skip
-tokenise = open_clip.SimpleTokenizer(context_length=CONTEXT)
+tokenise = open_clip.SimpleTokenizer(context_length=SPAN)
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,7 @@ def main() -> None:
     clip, both = train_clip(*train, r).half().float(), train_backbone(*train, r)
     net = both[0].half().float()
     save(options.out, "glyph_clip", clip, r, accuracy=clip_accuracy(clip, alone, scenes),
-         model_config=MODEL_CONFIG, image_size=SIZE, context_length=CONTEXT,
+         model_config=MODEL_CONFIG, image_size=SIZE, context_length=SPAN,
          template=TEMPLATE)  # fmt: skip
     save(options.out, "glyph_backbone", net, r, accuracy=place_accuracy(both, alone, scenes),
          backbone=net.name, channels=net.channels)  # fmt: skip
