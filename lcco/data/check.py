@@ -19,13 +19,13 @@ from lcco.data.pictures import LOSSY, listing, read_labels, read_mask, read_pict
 from lcco.data.sets import (
     LAYOUTS,
     SIDES,
+    THREADS,
     VOC_CLASSES,
     CoSegData,
     FolderData,
     VOCData,
     class_areas,
     folders_in,
-    threads,
 )  # fmt: skip
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def check(
     import pandas as pd
 
     data = open_folder(Path(path), min_images=min_images, min_area=min_area)
-    with ThreadPoolExecutor(threads()) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         found = pool.map(lambda i: _look(data, i), range(len(data)))
         seen = list(progress(found, f"checking {data.name}", len(data)))
     if isinstance(data, VOCData):

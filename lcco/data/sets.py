@@ -46,19 +46,15 @@ LAYOUTS = {
     "coco": "train2017 beside annotations/instances_train2017.json",
 }
 PROBED = 20  # masks that are looked at when a set is loaded: most may be empty by a mistake
+THREADS = max(2, min(8, os.cpu_count() or 2))  # files that are read at once
 VOC_MIN_SHARE = 0.01  # an image is in a class's group when at least 1% of its pixels show the class
-
-
-def threads() -> int:
-    """How many files are read at once."""
-    return max(2, min(8, os.cpu_count() or 2))
 
 
 def facts(kind: str, paths: Sequence[Path], compute: Callable[[Path], Any], what: str) -> list[Any]:
     """`compute(path)` of each file, kept on disk until a file's size or time changes."""
 
     def make() -> list[Any]:
-        with ThreadPoolExecutor(threads()) as pool:
+        with ThreadPoolExecutor(THREADS) as pool:
             return list(progress(pool.map(compute, paths), what, len(paths)))
 
     try:
@@ -200,6 +196,10 @@ class CoSegData:
         """A hash over pictures and masks."""
         return digest(list(self._digests)) if self.truth_digest() else self.digest()
 
+    def _two(self, item: str, files: Sequence[Path], why: str) -> None:
+        told = f"{files[0]} and {files[1].name}: {why}"
+        self.faults.append(("two of one name", item, told))
+
     def subset(self, indices: Iterable[int], name: str) -> CoSegData:
         """The items of these indices, in this order, as a set; groups left empty are dropped."""
         return _View(name, [(self, list(indices))])
@@ -333,8 +333,9 @@ def by_stem(files: Iterable[Path]) -> dict[str, list[Path]]:
 def _class_name(folder: str, layout: str) -> str:
     """A folder's class in lower case; `Horse100` is Rubinstein's 100 horses."""
     word = same_name(re.sub(r"100$", "", folder) if layout == "rubinstein" else folder)
-    joined = re.sub(r"[ _-]", "", word.strip().lower())
-    return joined if joined in VOC_CLASSES else word.strip().lower()
+    word = word.strip().lower()
+    closed = re.sub(r"[ _-]", "", word)
+    return closed if closed in VOC_CLASSES else word
 
 
 class FolderData(CoSegData):
@@ -380,19 +381,17 @@ class FolderData(CoSegData):
         keys, used = [], set()
         for stem in sorted(stems):
             for image in stems[stem]:
-                words = [stem] if len(stems[stem]) == 1 else []
-                full = same_name(image.name), f"{stem}_{image.suffix[1:]}"
-                words += [w for w in full if w not in stems]
+                alone, name = len(stems[stem]) == 1, same_name(image.name)
+                words = [stem] if alone else []
+                words += [w for w in (name, f"{stem}_{image.suffix[1:]}") if w not in stems]
                 truth = next((masks[w] for w in words if w in masks), [])
                 used.update(truth)
-                if len(stems[stem]) > 1 and not truth:
-                    mend = f"give each a mask of its full name ({full[1]}.png) or move one out"
-                    both = f"{stems[stem][0]} and {stems[stem][1].name}: one name; {mend}"
-                    self.faults.append(("two of one name", f"{c}/{stem}", both))
+                if not alone and not truth:
+                    why = f"one name; give each a mask of its full name ({name}.png)"
+                    self._two(f"{c}/{stem}", stems[stem], why)
                 if len(truth) > 1:
-                    both = f"{truth[0]} and {truth[1].name}: two masks of one picture; move one out"
-                    self.faults.append(("two of one name", f"{c}/{stem}", both))
-                keys.append(f"{c}/{stem if len(stems[stem]) == 1 else full[0]}")
+                    self._two(f"{c}/{stem}", truth, "two masks of one picture; move one out")
+                keys.append(f"{c}/{stem if alone else name}")
                 self.pairs.append((image, truth[0] if truth else None, truths, c))
         spare = [str(f) for found in masks.values() for f in found if f not in used]
         if spare:
@@ -447,15 +446,14 @@ def _of_size(truth: Path, mask: np.ndarray, image: Path) -> np.ndarray:
 class VOCData(CoSegData):
     """PASCAL VOC: masks of class numbers, 255 = void; a line of a list is a picture's name.
 
-    An image belongs to a class's group when the class covers at least `min_share` of its pixels.
+    An image belongs to a class's group when the class covers at least 1% of its pixels.
     partial: pictures whose names begin so have one class labelled only.
     """
 
     def __init__(
-        self, name: str, root: Path, lists: Sequence[str], *, partial: str | None = None,
-        min_share: float = VOC_MIN_SHARE,
-    ) -> None:  # fmt: skip
-        self.root, self.partial, self.min_share = root, partial, min_share
+        self, name: str, root: Path, lists: Sequence[str], *, partial: str | None = None
+    ) -> None:
+        self.root, self.partial = root, partial
         augmented = any("aug" in word for word in lists)
         masks = root / ("SegmentationClassAug" if augmented else "SegmentationClass")
         for folder in (root / "JPEGImages", masks):
@@ -472,8 +470,7 @@ class VOCData(CoSegData):
         for key in self.keys:
             for found in (self._images.get(key, ()), self._masks.get(key, ())):
                 if len(found) > 1:
-                    two = f"{found[0]} and {found[1].name}: one name; move one out"
-                    self.faults.append(("two of one name", key, two))
+                    self._two(key, found, "one name; move one out")
 
     def _read_list(self, word: str) -> list[str]:
         file = self.root / "ImageSets" / "Segmentation" / f"{word}.txt"
@@ -519,7 +516,7 @@ class VOCData(CoSegData):
     def groups(self) -> dict[str, tuple[int, ...]]:
         order = sorted(range(len(self)), key=self.keys.__getitem__)
         found = {
-            c: tuple(i for i in order if self.areas[i].get(c, 0) >= self.min_share)
+            c: tuple(i for i in order if self.areas[i].get(c, 0) >= VOC_MIN_SHARE)
             for c in VOC_CLASSES
         }
         return {c: items for c, items in found.items() if items}
