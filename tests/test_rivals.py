@@ -84,7 +84,8 @@ def tiny_clipseg(T):
     config = T.CLIPSegConfig(
         text_config={"num_hidden_layers": 1, **shape, **tokens}, projection_dim=16,
         vision_config={"num_hidden_layers": 2, "image_size": 32, "patch_size": 8, **shape},
-        extract_layers=[0, 1], reduce_dim=16, decoder_num_attention_heads=2, decoder_intermediate_size=16,
+        extract_layers=[0, 1], reduce_dim=16, decoder_intermediate_size=16,
+        decoder_num_attention_heads=2,
     )  # fmt: skip
     images = T.ViTImageProcessor(size={"height": 32, "width": 32})
     return T.CLIPSegForImageSegmentation(config), T.CLIPSegProcessor(images, clip_tokenizer(T))
