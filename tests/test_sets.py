@@ -219,6 +219,12 @@ def test_what_is_left_out_is_counted_aloud(tmp_path: Path, capsys) -> None:
     assert len(load_data("set")) == 2
     told = capsys.readouterr().err
     assert "set: left out 1, masks without a picture: " in told and "co_01.png" in told
+    (root / "image/empty").mkdir()
+    (root / "groundtruth/dog").mkdir()
+    load_data("set")
+    told = capsys.readouterr().err
+    assert "left out 2, classes without a picture: " in told
+    assert "image/empty" in told and "groundtruth/dog" in told
 
 
 def test_every_picture_ending_is_read(tmp_path: Path) -> None:

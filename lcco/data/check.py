@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,18 +15,17 @@ from lcco.common import VOID, LCCoError, few, file_digest, progress
 from lcco.data.coco import COCOData
 from lcco.data.load import ICOSEG8, INTERNET3, MSRC7, open_folder
 from lcco.data.overlap import near_pairs, picture_hash
-from lcco.data.pictures import LOSSY, listing, read_labels, read_mask, read_picture, same_name
+from lcco.data.pictures import LOSSY, read_labels, read_mask, read_picture
 from lcco.data.sets import (
+    BARE_CLASSES,
+    BARE_MASKS,
     LAYOUTS,
-    SIDES,
     THREADS,
     VOC_CLASSES,
     CoSegData,
-    FolderData,
     VOCData,
     class_areas,
-    folders_in,
-)  # fmt: skip
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -76,12 +75,13 @@ def check(
     path: str | Path, training: CoSegData | None = None, *, min_images: int = 1,
     min_area: float = 0, limit: int = 20,
 ) -> pd.DataFrame:  # fmt: skip
-    """What a folder holds and what is wrong with it, in columns `_Table.columns`.
+    """What a folder holds and what is wrong with it.
 
-    `status` is ok, note (an empty or soft mask, a duplicate, a count that differs from the
-    literature, what the reader leaves out) or error (a missing pair, a mis-sized or unreadable
-    mask, a corrupt file, a picture that is in `training` too); `.attrs["ok"]` is False with any
-    error. At most `limit` items of a kind are listed. min_images, min_area: COCO's thresholds.
+    Columns: status, check, item, found, expected, detail. status: ok, note (an empty or soft mask,
+    a duplicate, a count that differs from the literature, what the reader leaves out) or error (a
+    missing pair, a mis-sized or unreadable mask, a corrupt file, a picture that is in `training`
+    too); `.attrs["ok"]` is False with any error. At most `limit` items of a kind are listed.
+    min_images, min_area: COCO's thresholds.
     Raises: LCCoError for a folder that is in no layout, or without anything to read.
     """
     import pandas as pd
@@ -107,33 +107,27 @@ def _look(data: CoSegData, i: int) -> _Seen:
     """Decode item i's picture and mask once; never raises for a bad file."""
     seen, path = _Seen(), data.path(i)
     try:
-        seen.content = file_digest(path, 16)
+        seen.kind = "corrupt image" if path.is_file() else "missing image"
         picture = read_picture(path)
-        seen.hash = picture_hash(picture)
-    except (OSError, LCCoError) as error:
-        there = path.is_file()
-        seen.kind = "corrupt image" if there else "missing image"
-        seen.detail = str(error) if there else f"no {path}"
-        return seen
-    try:
+        seen.content, seen.hash = file_digest(path, 16), picture_hash(picture)
+        seen.kind = "missing mask"
         truth = data.truth_path(i)
         if not truth.is_file():
             raise LCCoError(f"no {truth}")
-    except LCCoError as error:
-        seen.kind, seen.detail = "missing mask", str(error)
-        return seen
-    try:
+        seen.kind = "unreadable mask"
         mask = _truth(data, i, truth)
-    except LCCoError as error:
-        seen.kind = "corrupt mask" if "corrupt" in str(error) else "unreadable mask"
-        if isinstance(data, COCOData) and "decode" not in str(error):
-            seen.kind = "size mismatch"
+        seen.kind = "size mismatch"
+        if mask.shape != picture.size[::-1]:
+            sizes = f"{mask.shape[1]}×{mask.shape[0]}, image {picture.width}×{picture.height}"
+            raise LCCoError(f"{truth}: mask {sizes}")
+    except (OSError, LCCoError) as error:
         seen.detail = str(error)
+        if seen.kind == "unreadable mask" and "corrupt" in seen.detail:
+            seen.kind = "corrupt mask"
+        elif seen.kind == "unreadable mask" and "its annotations" in seen.detail:
+            seen.kind = "size mismatch"
         return seen
-    if mask.shape != picture.size[::-1]:
-        sizes = f"{mask.shape[1]}×{mask.shape[0]}, image {picture.width}×{picture.height}"
-        seen.kind, seen.detail = "size mismatch", f"{truth}: mask {sizes}"
-        return seen
+    seen.kind = ""
     _judge(data, truth, mask, seen)
     return seen
 
@@ -212,10 +206,8 @@ def _faults(table: _Table, data: CoSegData, seen: Sequence[_Seen]) -> None:
         return [(data.keys[i], s.detail) for i, s in enumerate(seen) if s.kind == kind]
 
     left_out = dict(data.left_out)
-    bare = left_out.pop("masks without a picture", [])
-    table.report("error", "missing image", items("missing image") + [
-        (Path(file).stem, f"{file} has no image") for file in bare
-    ])  # fmt: skip
+    bare = [(Path(file).stem, f"{file} has no image") for file in left_out.pop(BARE_MASKS, [])]
+    table.report("error", "missing image", items("missing image") + bare)
     for what in ("missing mask", "size mismatch", "corrupt image", "corrupt mask"):
         table.report("error", what, items(what))
     table.report("error", "unreadable mask", items("unreadable mask"))
@@ -225,35 +217,21 @@ def _faults(table: _Table, data: CoSegData, seen: Sequence[_Seen]) -> None:
     if len(empty) > len(data) / 2:
         told = f"{len(empty)} of {len(data)} masks have no object pixel"
         table.report("error", "most masks empty", [(data.keys[empty[0]], told)])
-    if isinstance(data, FolderData):
-        bare = [c for c, own in data.groups.items() if all(seen[i].empty for i in own)]
-        table.report("error", "class without a picture", list(_unread(data)))
-        no_object = [(c, "every mask of it is empty") for c in bare]
-        table.report("error", "class without an object", no_object)
+    bare = [(Path(folder).name, folder) for folder in left_out.pop(BARE_CLASSES, [])]
+    table.report("error", "class without a picture", bare)
+    no_object = [c for c, own in data.groups.items() if all(seen[i].empty for i in own)]
+    told = [(c, "every mask of it is empty") for c in no_object]
+    table.report("error", "class without an object", told)
     if isinstance(data, COCOData):
-        odd = {s: [(item, why) for w, item, why in data.problems if w == s] for s in data.STATUSES}
-        for status, what in data.STATUSES.items():
-            table.report(status, what, odd[status])
-        left_out = {why: names for why, names in left_out.items() if why != data.UNUSED}
+        left_out.pop(data.UNUSED, None)
+        for status, what in (("error", "entry left out"), ("note", "odd entry")):
+            found = [(item, why) for word, item, why in data.problems if word == status]
+            table.report(status, what, found)
     files = [(name, why) for why, names in left_out.items() for name in names]
     table.report("note", "file left out", files)
     table.report("note", "empty mask", [(data.keys[i], "no object pixel") for i in empty])
     grey = [(data.keys[i], s.grey) for i, s in enumerate(seen) if s.grey]
     table.report("note", "non-binary mask", grey)
-
-
-def _unread(data: FolderData) -> Iterator[tuple[str, str]]:
-    """Classes that the reader passes over."""
-    if data.layout not in SIDES:
-        return
-    images, truths = (data.root / side for side in SIDES[data.layout])
-    there = {same_name(d.name) for d in folders_in(images)}
-    for folder in folders_in(images):
-        if not listing(folder)[0]:
-            yield folder.name, f"{folder} holds no picture"
-    for folder in folders_in(truths):
-        if same_name(folder.name) not in there:
-            yield folder.name, f"{folder} has no {images / folder.name}"
 
 
 def _duplicates(

@@ -189,7 +189,6 @@ class COCOData(CoSegData):
     """
 
     UNUSED = "entries of the file that cannot be used (`lcco data check` names each)"
-    STATUSES = {"error": "entry left out", "note": "odd entry"}  # of `problems`
 
     def __init__(
         self, name: str, root: Path, *, min_area: float = COCO_MIN_AREA,

@@ -303,6 +303,7 @@ def _origin(data: CoSegData, i: int) -> Path | str:
 
 
 # ------------------------------------------------------------------------------- a folder a class
+BARE_CLASSES, BARE_MASKS = "classes without a picture", "masks without a picture"
 SIDES = {"folders": ("image", "groundtruth"), "icoseg": ("images", "ground_truth")}
 
 
@@ -368,9 +369,16 @@ class FolderData(CoSegData):
             if found:
                 groups[c] = range(len(keys), len(keys) + len(found))
                 keys += found
+            else:
+                self.left_out.setdefault(BARE_CLASSES, []).append(str(known[c][0]))
         if not keys:
             raise LCCoError(f"{root}: no class folder with pictures; expected {LAYOUTS[layout]}")
         self.keys, self.groups = tuple(keys), {c: tuple(g) for c, g in groups.items()}
+        if layout in SIDES and classes is None:
+            there = {truths for _, truths in known.values()}
+            bare = [str(d) for d in folders_in(root / SIDES[layout][1]) if d not in there]
+            if bare:
+                self.left_out.setdefault(BARE_CLASSES, []).extend(bare)
 
     def _read_class(self, c: str, images: Path, truths: Path) -> list[str]:
         """Pair a class's pictures with its masks. Returns: the keys."""
@@ -395,7 +403,7 @@ class FolderData(CoSegData):
                 self.pairs.append((image, truth[0] if truth else None, truths, c))
         spare = [str(f) for found in masks.values() for f in found if f not in used]
         if spare:
-            self.left_out.setdefault("masks without a picture", []).extend(spare)
+            self.left_out.setdefault(BARE_MASKS, []).extend(spare)
         return keys
 
     def path(self, i: int) -> Path:
