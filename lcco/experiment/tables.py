@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from html import escape
@@ -28,6 +29,10 @@ ROW_FIELDS = (
     "table", "row", "profile", "backbone", "tower", "vocabulary", "train_set", "test_set",
     "protocol", "group_size", "seed", "images", "P", "J", "paper_test_set", "paper_P", "paper_J",
     "status", "run",
+)  # fmt: skip
+SHARES = (
+    "P", "J", "P_class", "J_class", "J_pooled", "J_nonempty", "leak", "J_same", "gain", "decides",
+    "agreement", "false_alarms", "empty_area",
 )  # fmt: skip
 MEASURED, QUOTED = "measured", "not run: quoted from the paper"
 PAPER = Path(__file__).parents[1] / "paper"
@@ -81,7 +86,7 @@ def row(table: str, name: str, profile: Profile, e: Experiment | None = None, **
 
 def scores(summary: Mapping[str, Any]) -> dict[str, Any]:
     """An evaluation's summary as cells: its shares times 100, and the number of images."""
-    shares = {k: v for k, v in summary.items() if v is None or isinstance(v, float)}
+    shares = {k: summary[k] for k in SHARES if k in summary}
     cells = {k: None if v is None else round(100 * v, 4) for k, v in shares.items()}
     return cells | {"images": summary.get("images")}
 
@@ -93,7 +98,7 @@ def collect(
 ) -> pd.DataFrame:  # fmt: skip
     """Train or load each model for each seed and score it on each test set: a row for every score.
 
-    models: name → Experiment, or whatever has a Run's `evaluate` and a `name` (Table 5's rivals).
+    models: name → Experiment, or what has a Run's `evaluate` and `path` (Table 5's rivals).
     tests, protocols, group_sizes, seeds: by default the profile's. cells: further columns, made of
     the experiment. how: for `Run.evaluate`. Data or weights that are not here, and test pictures
     that were trained on, become rows whose status says so.
@@ -131,13 +136,9 @@ def _scored(model: Any, test: Any, protocols: Sequence[str], size: int, how: Map
                 return dict.fromkeys(protocols, {"status": why})
             about = {"chose_weights": model.holdout_overlap(test)}
         done = model.evaluate(test, protocols, size, **how)
-        return {p: scores(done[p].summary) | about | {"run": _name(model)} for p in protocols}
+        return {p: scores(done[p].summary) | about | {"run": model.path.name} for p in protocols}
     except Missing as error:
         return dict.fromkeys(protocols, {"status": error.status})
-
-
-def _name(run: Any) -> str:
-    return run.path.name if hasattr(run, "path") else run.name
 
 
 def with_paper(rows: pd.DataFrame) -> pd.DataFrame:
@@ -262,19 +263,18 @@ class Table:
 
     def _cell(self, rows: pd.DataFrame, value: str) -> Cell:
         """The one place where the rows of a line and a column become what is printed."""
-        found = rows.dropna(subset=[value]) if value in rows else rows.iloc[:0]
-        if value.startswith("paper_"):
-            marks = [
-                self._mark(note) for (name, test), note in self.slips.items()
-                if len(found) and name and name in found["row"].iloc[0] and value == "paper_J"
-                and test in set(found["paper_test_set"])
-            ]  # fmt: skip
-            return Cell("".join([*found[value].astype(str)[:1], *marks]))
+        found = rows[value].dropna() if value in rows else ()
+        if len(found) and value.startswith("paper_"):
+            name, test = rows.loc[found.index[0], ["row", "paper_test_set"]]
+            slips = self.slips.items() if value == "paper_J" else ()
+            marks = [self._mark(note) for (r, t), note in slips if r and r in name and t == test]
+            return Cell("".join([found.iloc[0], *marks]))
         if len(found):
-            mean, sd, several = found[value].mean(), found[value].std(), len(found) > 1
+            mean, sd, several = found.mean(), found.std(), len(found) > 1
             sign, d = "+" * value.startswith("change_"), self.decimals
             text = f"{mean:{sign}z,.{d}f}" + (f" ± {sd:.{d}f}" if several else "")
-            return Cell(text, mean, sd if several else None, tuple(sorted(found["seed"])))
+            seeds = tuple(sorted(rows["seed"][found.index]))
+            return Cell(text, mean, sd if several else None, seeds)
         status = rows["status"].iloc[0] if len(rows) else MEASURED
         why, _, name = status.partition(" (")
         silent = status in (MEASURED, QUOTED)
@@ -284,9 +284,10 @@ class Table:
         """The texts of one part, and which are best; columns are (group, value)."""
         import pandas as pd
 
-        names = part[list(self.index)].fillna("").astype(str).map(label).apply(tuple, axis=1)
-        lines, printed = list(dict.fromkeys(names)), part["paper_test_set"]
-        text = {("", label(f)): [line[n] for line in lines] for n, f in enumerate(self.index)}
+        stubs = part[list(self.index)].fillna("").astype(str).map(label)
+        names, printed = stubs.agg("\0".join, axis=1), part["paper_test_set"]
+        lines = list(dict.fromkeys(names))
+        text = {("", label(f)): [x.split("\0")[n] for x in lines] for n, f in enumerate(self.index)}
         bold = {head: [False] * len(lines) for head in text}
         groups = list(dict.fromkeys(part[self.columns]))
         rest = [p for p in printed.dropna().unique() if p not in groups]
@@ -296,8 +297,9 @@ class Table:
             on = on if (part["status"] == QUOTED).all() else f"paper ({on})"
             heads = [(label(group), v, v) for v in self.values] if group in groups else []
             heads += [(on, v, f"paper_{v}") for v in "PJ"] if (printed == group).any() else []
+            by, none = dict(list(own.groupby(names, sort=False))), own.iloc[:0]
             for head, value, source in heads:
-                cells = [self._cell(own[names[own.index] == line], source) for line in lines]
+                cells = [self._cell(by.get(line, none), source) for line in lines]
                 before = text.get((head, self.values[0]), [""])
                 if any(c.text for c in cells) and not all(t.startswith("–") for t in before):
                     text[head, label(value)] = [c.text for c in cells]
@@ -392,9 +394,9 @@ class Table:
         """What a reader should know of how the models behind the rows were trained."""
         records = {n: r for n, r in self.runs.items() if "training" in r and n in set(done["run"])}
         told: dict[str, list[str]] = {}
-        devices = Counter(r["environment"]["device"] for r in records.values())
+        devices = _devices(records)
         for n, r in records.items():
-            here = r["environment"]
+            here = r.get("environment", {})
             commit = here.get("commit", here.get("git"))
             dirty = here.get("dirty", here.get("git_dirty"))
             facts = {
@@ -402,8 +404,8 @@ class Table:
                 "from an unknown commit": dirty is None or len(commit or "") < 12,
                 "by an older version of the training code":
                     r.get("training_version", 1) < TRAINING_VERSION,
-                f"on {here['device']}, unlike the others":
-                    here["device"] != devices.most_common()[0][0],
+                f"on {here.get('device')}, unlike the others":
+                    here.get("device") != devices.most_common()[0][0],
             }  # fmt: skip
             for how in [how for how, true in facts.items() if true]:
                 told.setdefault(how, []).append(n)
@@ -427,8 +429,8 @@ class Table:
     def write(self, folder: Path, runs: Iterable[Any] | None = None) -> Table:
         """Write `<name>.csv`, `.md`, `.tex` and `.records.json`; give the table to be shown.
 
-        runs: what the rows were measured with; None: they are found in the run store. A table with
-        measured rows is not replaced by one without.
+        runs: what the rows were measured with (`path`, `record`); None: the run store's. A table
+        with measured rows is not replaced by one without.
         """
         from lcco.experiment.runs import open_run
 
@@ -436,10 +438,12 @@ class Table:
         if not measured and file.is_file() and f",{MEASURED}," in file.read_text(encoding="utf-8"):
             print(f"{file}: kept; here nothing was measured ({self.rows['status'].iloc[0]})")
             return self
-        if runs is None:
-            names = self.rows["run"].dropna().unique()
-            runs = [open_run(name) for name in names if name not in self.runs]
-        self.runs = {**self.runs, **{_name(run): run.record for run in runs}}
+        known = {**self.runs}
+        for run in runs or ():
+            with suppress(Missing):  # a rival without its weights
+                known[run.path.name] = run.record
+        names = self.rows["run"].dropna().unique()
+        self.runs = {n: known[n] if n in known else open_run(n).record for n in names}
         layout = {f.name: getattr(self, f.name) for f in fields(self)}
         del layout["rows"], layout["runs"]
         write_text(file, self.rows.to_csv(index=False, lineterminator="\n"))
@@ -520,10 +524,13 @@ def _about(profile: str) -> str:
     return load_profile(profile).about.strip() if profile in profile_names() else ""
 
 
+def _devices(runs: Mapping[str, Any]) -> Counter:
+    return Counter(r.get("environment", {}).get("device") for r in runs.values())
+
+
 def _made_on(runs: Mapping[str, Any]) -> str:
     timed = [r["seconds"] for r in runs.values() if r.get("seconds")]
-    devices = Counter(r["environment"]["device"] for r in runs.values()).most_common()
-    where = ", ".join(f"{n} on {device}" for device, n in devices) or "none"
+    where = ", ".join(f"{n} on {device}" for device, n in _devices(runs).items()) or "none"
     untimed = len(runs) - len(timed)
     lack = f"; of {untimed} the time was not recorded" if untimed else ""
     return f"Trainings behind these tables: {where}; {duration(sum(timed))} in all{lack}."
