@@ -1,304 +1,411 @@
-"""Tables come from rows keyed by names, the paper's numbers from its csv; committed tables agree with both."""
+"""Tables come from rows keyed by names, the paper's numbers from its csv, notes from records."""
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import re
 import shutil
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
-import drawn
-import numpy as np
+import pandas as pd
 import pytest
 
-from lcco import figures, tables
-from lcco.common import LCCoError
-from lcco.config import Profile, load_profile
-from lcco.tables import MEASURED, QUOTED, ROW_FIELDS, Layout, Table, Variant, make_row, read_table, write_table
+from lcco.common import LCCoError, Missing
+from lcco.config import TRAINING_VERSION, Experiment, Profile, load_profile
+from lcco.experiment import tables
+from lcco.experiment.tables import (
+    MEASURED,
+    QUOTED,
+    ROW_FIELDS,
+    Table,
+    collect,
+    effects,
+    paired,
+    quoted_rows,
+    read_table,
+    row,
+    with_paper,
+)
 
 ROOT = Path(__file__).parents[1]
+LITE = Profile(
+    name="lite",
+    experiment=Experiment(name="lite").replace(
+        {"tower.kind": "conse", "model.backbone": "efficientnet_lite2"}
+    ),
+    tests=("msrc7", "internet300", "icoseg8"),
+    seeds=(0, 1, 2),
+)
 
 
-def rows_of(profile: str = "lite", seeds=(0, 1, 2), lcco=(60.0, 61.0, 62.0), baseline=(50.0, 50.0, 50.0)) -> list[dict]:
-    """LCCo and Baseline on msrc7 with known J, and Internet's data absent."""
-    chosen, out = load_profile(profile), []
-    for name, values in (("LCCo", lcco), ("Baseline", baseline)):
-        for seed, J in zip(seeds, values, strict=True):
-            e = chosen.experiment.replace(seed=seed)
-            cells = {"protocol": "ufo", "group_size": 5, "paper_P": 97.0, "paper_J": 88.4}
-            found = {"P": 90.0, "J": J, "images": 208, "run": f"run-{name}-{seed}", "test_set": "msrc7"}
-            out.append(make_row("table1_main", name, chosen, e, **cells, **found))
-            why = {"status": "not run: data not found (internet300)", "test_set": "internet300"}
-            out.append(make_row("table1_main", name, chosen, e, **cells, **why))
-    return out
+def measured(name: str, J: list[float], test: str = "msrc7", table: str = "table1_main", **cells):
+    """One row a seed, with P 90."""
+    more = {"protocol": "ufo", "group_size": 5, "test_set": test, "images": 208, "P": 90.0} | cells
+    return [
+        row(table, name, LITE, LITE.experiment.replace(seed=s), J=j, run=f"{name}-{s}", **more)
+        for s, j in enumerate(J)
+    ]
 
 
-LAYOUT = Layout("Table 1: main results", stub=("row", "train_set"))
+def absent(name: str, test: str, why: str = "data not found", table: str = "table1_main"):
+    how = {
+        "protocol": "ufo",
+        "group_size": 5,
+        "test_set": test,
+        "status": f"not run: {why} ({test})",
+    }
+    return [row(table, name, LITE, LITE.experiment.replace(seed=s), **how) for s in range(3)]
 
 
-# ------------------------------------------------------------------------------------------------ the paper's numbers
-def test_paper_numbers_are_found_by_name():
-    number = tables.paper_number
-    assert number("table1_main", "iCoseg", method="LCCo", train_set="COCO") == (98.3, 92.9)
-    assert number("table1_main", "MSRC", method="Chen", train_set="PASCAL") == (95.3, 77.7)
-    assert number("table1_main", "Internet", method="Chen", train_set="PASCAL") == (None, 73.1)
-    assert number("table2_components", isfc=0, clip_interaction=1, clip_regularization=0) == (96.6, 90.0)
-    assert number("table4_k", K=7) == (97.83, 91.73)
-    with pytest.raises(LCCoError, match="17 rows|must be one"):
-        number("table1_main", "MSRC")
+def main(lcco=(60.0, 61.0, 62.0), baseline=(50.0, 50.5, 51.0), **how) -> Table:
+    """Table 1: two rows on MSRC7; two sets are not here."""
+    rows = measured("LCCo", list(lcco)) + measured("Baseline", list(baseline))
+    for name in ("LCCo", "Baseline"):
+        rows += absent(name, "internet300") + absent(name, "icoseg8")
+    return Table("table1_main", with_paper(pd.DataFrame(rows)), title="Table 1", **how)
 
 
-def test_main_variants_carry_the_paper_row_of_the_same_kind_of_training_set():
-    paper = tables.main_variants(load_profile("paper"))
-    assert paper[0].paper["msrc7"] == (97.0, 88.4) and paper[0].paper["pascal1037"] == (96.1, 75.9)
-    coco = load_profile("paper").experiment.replace({"data.train": ["coco_seg"]})
-    assert tables.main_variants(Profile("x", experiment=coco))[0].paper["msrc7"] == (97.9, 89.8)
-    assert tables.main_variants(load_profile("embedded"))[0].paper == {}
-    off = paper[1].changes
-    assert not any(off[f"model.{m}"] for m in ("isfc", "clip_interaction", "clip_regularization"))
+def cell(table: Table, line: str, *column: str, part: int = 0) -> str:
+    text, bold = list(table.parts.values())[part]
+    at = text.index[text.iloc[:, 0] == line][0]
+    return f"**{text.loc[at, column]}**" if bold.loc[at, column] else text.loc[at, column]
 
 
-def test_quoted_rows_hold_every_number_of_the_papers_table_and_measure_nothing():
-    rows = tables.quoted_rows(load_profile("embedded"))
-    frame = tables.paper_table("table1_main")
+# ------------------------------------------------------------------------------ the paper's numbers
+def test_the_papers_numbers_keep_their_decimals_and_stand_under_their_own_set():
+    k = measured("K = 5", [60.0], table="table4_k") + measured("K = 2", [59.0], table="table4_k")
+    table = Table("table4_k", with_paper(pd.DataFrame(k)), decimals=2)
+    assert cell(table, "K = 5", "paper (iCoseg)", "J") == "91.74"
+    assert cell(table, "K = 5", "paper (iCoseg)", "P") == "97.83"
+    assert cell(table, "K = 2", "paper (iCoseg)", "J") == ""
+    rivals = Table("table5_foundation", with_paper(pd.DataFrame(
+        measured("SAM GT", [60.0], table="table5_foundation")
+        + measured("SAM", [60.0], table="table5_foundation")
+        + measured("SAM", [60.0], "pascal1037", "table5_foundation")
+    )))  # fmt: skip
+    text, _ = next(iter(rivals.parts.values()))
+    assert [g for g, _ in text if g.startswith("paper")] == ["paper (iCoseg)"] * 2  # one pair
+    assert cell(rivals, "SAM", "paper (iCoseg)", "J") == "35.30"
+
+
+def test_table_1_has_the_paper_beside_each_set_for_its_kind_of_training():
+    table = main()  # trained on `voc_train`
+    assert cell(table, "LCCo", "paper (MSRC)", "J") == "88.4"
+    coco = LITE.experiment.replace({"data.train": ["coco_seg"]})
+    drawn = LITE.experiment.replace({"data.train": ["glyphworld_train"]})
+    for e, printed in ((LITE.experiment, "88.4"), (coco, "89.8"), (drawn, None)):
+        one = pd.DataFrame([row("table1_main", "LCCo", LITE, e, test_set="msrc7", J=50.0)])
+        got = with_paper(one)["paper_J"].iloc[0]
+        assert got == printed or (printed is None and not got)
+    assert with_paper(pd.DataFrame(measured("Baseline", [50.0])))["paper_J"].isna().all()
+    choice = measured("LCCo", [50.0], protocol="choice", table="table2_components")
+    assert with_paper(pd.DataFrame(choice))["paper_J"].isna().all()  # the paper has no such test
+
+
+def test_quoted_rows_hold_every_number_of_the_papers_table_1_and_measure_nothing():
+    rows, paper = quoted_rows(LITE), tables.paper_table("table1_main")
     for m in "PJ":
-        printed = sorted(v for on in tables.PAPER_SETS.values() for v in frame[f"{on}_{m}"].dropna())
-        assert sorted(r[f"paper_{m}"] for r in rows if r[f"paper_{m}"] is not None) == printed
-    assert all(r["P"] is None and r["J"] is None and r["status"] == QUOTED and not r["run"] for r in rows)
+        printed = sorted(v for on in tables.PAPER_SETS.values() for v in paper[f"{on}_{m}"] if v)
+        assert sorted(rows[f"paper_{m}"].dropna()) == printed
+    assert rows["J"].isna().all() and set(rows["status"]) == {QUOTED}
+    index = ("row", "train_set", "uses_class_labels")
+    table = Table("table1_main", rows, index=index)
+    assert list(table.parts) == ["Printed in the paper"]
+    assert cell(table, "Su et al. 2023 (UFO)", "", "class labels") == "yes"
+    assert cell(table, "Chen et al. 2018", "Internet", "J") == "73.1"
+    ssnm = cell(table, "Zhang et al. 2020b (SSNM)", "Internet", "J")
+    assert ssnm == "74.1¹" and "71.2" in table.all_notes()[0]
+    assert table.markdown().count("74.1¹") == 1
 
 
-# --------------------------------------------------------------------------------------------------------------- rows
+# -------------------------------------------------------------------------------------------- rows
 def test_rows_follow_the_schema_and_name_a_stand_in_for_what_it_is():
-    row = rows_of()[0]
-    assert tuple(row) == ROW_FIELDS and row["status"] == MEASURED
-    assert (row["backbone"], row["tower"], row["train_set"]) == ("efficientnet_lite2", "ConSE", "voc_train")
-    assert tables.tower_name(load_profile("paper").experiment) == "ViT-B-16-quickgelu (openai)"
-    random = load_profile("paper").experiment.replace({"tower.weights": None})
-    assert tables.tower_name(random) == "ViT-B-16-quickgelu (random)"
+    one = measured("LCCo", [60.0])[0]
+    assert tuple(one)[: len(ROW_FIELDS)] == ROW_FIELDS and one["status"] == MEASURED
+    assert (one["tower"], one["uses_class_labels"]) == ("ConSE", "no")
+    clip = row("t", "LCCo", LITE, Experiment())
+    assert clip["tower"] == "ViT-B-16-quickgelu (openai)"
+    named = Experiment().replace({"tower.weights": None, "loss.v_gt": "name"})
+    random = row("t", "LCCo", LITE, named)
+    assert random["tower"].endswith("(random)") and random["uses_class_labels"] == "yes"
 
 
 def test_summaries_become_per_cent():
-    cells = tables.per_cent({"P": 0.9, "J": 0.5, "J_class": None, "images": 7})
-    assert (cells["P"], cells["J"], cells["J_class"], cells["images"]) == (90.0, 50.0, None, 7)
-
-
-def test_absent_data_and_weights_become_a_status_and_other_mistakes_stay_mistakes(tmp_path: Path):
-    from lcco.data import load_data
-
-    for name in ("internet300", "voc_train", "coco_seg"):
-        with pytest.raises(LCCoError) as error:
-            load_data(name, tmp_path)
-        assert tables.absence(error.value) == f"not run: data not found ({name})"
-    offline = LCCoError("weights `openai` of ViT-B-16-quickgelu are not here and downloads are off: get https://x")
-    assert tables.absence(offline) == "not run: weights not found (openai)"
-    offline = LCCoError("weights resnet50-0676ba61.pth are not here and the net does not answer: download https://x")
-    assert tables.absence(offline) == "not run: weights not found (resnet50-0676ba61.pth)"
-    for text in ("unknown setting `model.q`", "data `x` is neither a folder nor a known set", "w.pth: cut short"):
-        with pytest.raises(LCCoError, match=re.escape(text)):
-            tables.absence(LCCoError(text))
+    cells = tables.scores({"P": 0.9, "J": 1 / 3, "J_class": None, "images": 7, "pictures": 3})
+    assert cells == {"P": 90.0, "J": 33.3333, "J_class": None, "images": 7}
 
 
 class FakeRun:
-    """A trained run whose scores are its seed."""
+    """A run whose J is its seed; it has seen one picture of `seen`."""
 
-    def __init__(self, experiment, calls):
-        self.experiment, self.path, self.record, self.calls = experiment, Path(f"runs/x-{experiment.hash}"), {}, calls
+    asked: list = []
 
-    def evaluate(self, test, protocols, size):
-        self.calls.append((test, tuple(protocols), size))
-        summary = {"P": 0.9, "J": 0.5 + self.experiment.seed / 100, "images": 3}
+    def __init__(self, experiment):
+        self.experiment, self.path = experiment, Path(f"runs/{experiment.run_name}")
+        self.record = {"training": {}, "experiment": experiment.model_dump(mode="json")}
+
+    def overlap(self, test):
+        return int(test == ["seen"])
+
+    def holdout_overlap(self, test):
+        return 2
+
+    def evaluate(self, test, protocols, size, k=None):
+        self.asked.append((self.experiment.seed, test, tuple(protocols), size, k))
+        summary = {"P": 0.9, "J": self.experiment.seed / 100, "images": 3}
         return {p: SimpleNamespace(summary=summary) for p in protocols}
 
 
-def test_collect_gives_a_row_for_each_variant_seed_test_protocol_and_size(monkeypatch: pytest.MonkeyPatch):
-    import lcco.data
-    import lcco.runs
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch):
+    runs = pytest.importorskip("lcco.experiment.runs")
+    FakeRun.asked = []
+    gone = Missing("data", "icoseg8", "set LCCO_DATA")
+    known = {"icoseg8": gone, "seen": ["seen"], "msrc7": ["a", "b"]}
+    monkeypatch.setattr(runs, "load_tests", lambda profile, names: {n: known[n] for n in names})
+    monkeypatch.setattr(runs, "get_run", FakeRun)
+    return runs
 
-    calls: list = []
-    monkeypatch.setattr(lcco.runs, "train_ahead", lambda *a, **k: None)
-    monkeypatch.setattr(lcco.runs, "get_run", lambda e: FakeRun(e, calls))
 
-    def load(name):
-        if name == "icoseg8":
-            raise LCCoError("data `icoseg8` not found: looked for nothing; set LCCO_DATA")
-        return SimpleNamespace(name=name)
+def test_collect_gives_a_row_for_each_model_seed_test_size_and_protocol(fake):
+    models = {f"K = {k}": LITE.experiment.replace({"model.k": k}) for k in (3, 5)}
+    rows = collect(
+        LITE, "table4_k", models, ["msrc7", "seen", "icoseg8"], ["ufo", "native"], [2, 5],
+        seeds=[4, 7], cells={"K": lambda e: e.model.k}, k=1,
+    )  # fmt: skip
+    assert len(rows) == 2 * 2 * 3 * 2 * 2
+    done = rows[rows["status"] == MEASURED]
+    assert (done["J"] == done["seed"]).all() and set(done["test_set"]) == {"msrc7"}
+    assert set(done["run"]) == {m.replace(seed=s).run_name for m in models.values() for s in (4, 7)}
+    assert (done["K"] == done["row"].str[4:].astype(int)).all() and (
+        done["chose_weights"] == 2
+    ).all()
+    assert set(done["paper_J"]) == {"91.67", "91.74"} and set(done["paper_test_set"]) == {"icoseg8"}
+    told = rows.groupby("test_set")["status"].unique().map(list)
+    assert told["icoseg8"] == ["not run: data not found (icoseg8)"]
+    assert told["seen"] == ["not run: trained on 1 of its 1 pictures"]
+    assert all(k == 1 and test == ["a", "b"] for _, test, _, _, k in FakeRun.asked)
+    assert {size for *_, size, _ in FakeRun.asked} == {2, 5}
 
-    monkeypatch.setattr(lcco.data, "load_data", load)
-    monkeypatch.setattr(tables, "refusal", lambda profile, data: "")
-    variants = [Variant("A", {"model.k": 3}, {"": (1.0, 2.0)}, {"K": 3}), Variant("B")]
-    found = tables.collect(
-        load_profile("embedded"), "t", variants, tests=("x", "icoseg8"), seeds=(4, 5), group_sizes=(2, 5)
+
+def test_collect_says_what_is_missing_and_lets_mistakes_through(fake, monkeypatch):
+    def no_weights(experiment):
+        raise Missing("weights", "resnet50", "download it")
+
+    monkeypatch.setattr(fake, "get_run", no_weights)
+    rows = collect(LITE, "t", {"LCCo": LITE.experiment}, ["msrc7"])
+    assert set(rows["status"]) == {"not run: weights not found (resnet50)"} and len(rows) == 6
+
+    def mistake(experiment):
+        raise LCCoError("masks were edited")
+
+    monkeypatch.setattr(fake, "get_run", mistake)
+    with pytest.raises(LCCoError, match="masks were edited"):
+        collect(LITE, "t", {"LCCo": LITE.experiment}, ["msrc7"])
+
+
+def test_collect_takes_rivals_as_they_are(fake):
+    rival = FakeRun(Experiment(seed=9))
+    rows = collect(LITE, "table5_foundation", {"SAM": rival}, ["msrc7"], ["ufo"])
+    assert len(rows) == 1 and rows["J"].iloc[0] == 9 and rows["run"].iloc[0] == rival.path.name
+    assert rows["paper_J"].iloc[0] == "35.30"
+
+
+# ---------------------------------------------------------------------------- what the numbers say
+def test_effects_of_the_components_at_embedded():
+    J = {"Baseline": 31.563, "ISFC": 43.1686, "CLIP inter.": 39.2993, "CLIP reg.": 51.6437,
+         "ISFC + CLIP inter.": 44.4805, "ISFC + CLIP reg.": 50.6056,
+         "CLIP inter. + CLIP reg.": 50.749, "ISFC + CLIP inter. + CLIP reg.": 49.8023}  # fmt: skip
+    factors = ["ISFC", "CLIP inter.", "CLIP reg."]
+    rows = [{f: f in name.split(" + ") for f in factors} | {"J": j} for name, j in J.items()]
+    cells = {"test_set": "glyphworld_test", "protocol": "ufo", "seed": 0, "status": MEASURED}
+    got = effects(pd.DataFrame([r | cells for r in rows]), factors).set_index("effect")["mean"]
+    assert got[factors].round(1).tolist() == [10.0, 6.1, 18.5]
+    assert got["ISFC × CLIP reg."].round(1) == -9.4
+
+
+def test_effects_recover_a_model_that_is_known_and_spread_over_seeds():
+    rows = []
+    for seed, isfc, reg in [(s, i, r) for s in (0, 1) for i in (0, 1) for r in (0, 1)]:
+        J = 30 + (10 + seed) * isfc + 4 * reg - 6 * isfc * reg
+        cells = {"test_set": "x", "protocol": "ufo", "seed": seed, "status": MEASURED}
+        rows.append(cells | {"isfc": bool(isfc), "reg": bool(reg), "J": J})
+    rows += [{**rows[0], "seed": 5}]  # a seed with one model says nothing
+    got = effects(pd.DataFrame(rows), ["isfc", "reg"]).set_index("effect")
+    assert got["mean"].round(6).to_dict() == {"isfc": 10.5, "reg": 4.0, "isfc × reg": -6.0}
+    assert got["seeds"].tolist() == [2, 2, 2] and got.loc["isfc", "sd"] == pytest.approx(0.5**0.5)
+
+
+def test_paired_differences_are_taken_seed_by_seed_beside_the_papers():
+    cells = {"table": "table2_components"}
+    rows = measured("Baseline", [50.0, 60.0, 70.0], **cells) + measured(
+        "LCCo", [51.0, 62.0, 73.0], **cells
     )
-    assert len(found.rows) == 2 * 2 * 2 * 2 * 2  # variants, seeds, tests, sizes, protocols
-    assert set(found.runs) == {("A", 4), ("A", 5), ("B", 4), ("B", 5)}
-    assert found.runs["A", 4].experiment.model.k == 3 and found.runs["B", 4].experiment.model.k == 5
-    assert {data.name for data, _, _ in calls} == {"x"}
-    for row in found.rows:
-        if row["test_set"] == "icoseg8":
-            assert row["status"] == "not run: data not found (icoseg8)" and row["J"] is None and row["run"] is None
-        else:
-            assert row["J"] == 50 + row["seed"] and row["run"] and row["status"] == MEASURED
-    assert {r["paper_J"] for r in found.rows if r["row"] == "A"} == {2.0}
-    assert {r.get("K") for r in found.rows if r["row"] == "A"} == {3}
+    rows += measured("ISFC", [49.0], **cells)
+    got = paired(with_paper(pd.DataFrame(rows))).set_index("row")
+    assert got.loc["LCCo", ["mean", "sd", "seeds"]].tolist() == [2.0, 1.0, 3]
+    assert got.loc["ISFC", "seeds"] == 1 and got.loc["ISFC", "mean"] == -1
+    assert got["paper"].round(1).to_dict() == {"LCCo": 5.1, "ISFC": 1.7}
 
 
-def test_collect_says_what_is_missing_when_weights_are_absent(monkeypatch: pytest.MonkeyPatch):
-    import lcco.data
-    import lcco.runs
-
-    def get_run(experiment):
-        raise LCCoError("weights resnet50.pth are not here and downloads are off: download it")
-
-    monkeypatch.setattr(lcco.runs, "train_ahead", lambda *a, **k: None)
-    monkeypatch.setattr(lcco.runs, "get_run", get_run)
-    monkeypatch.setattr(lcco.data, "load_data", lambda name: None)
-    monkeypatch.setattr(tables, "refusal", lambda profile, data: "")
-    found = tables.collect(load_profile("paper"), "t", [Variant("A"), Variant("B")])
-    assert {r["status"] for r in found.rows} == {"not run: weights not found (resnet50.pth)"} and not found.runs
+# ------------------------------------------------------------------------------------------- cells
+def test_a_cell_is_mean_and_sample_deviation_whatever_the_order_of_rows():
+    table = main()
+    assert cell(table, "LCCo", "MSRC7", "J") == "**61.0 ± 1.0**"
+    back = Table("table1_main", table.rows[::-1].reset_index(drop=True))
+    assert cell(back, "LCCo", "MSRC7", "J") == "**61.0 ± 1.0**"
+    negative = Table("t", pd.DataFrame(measured("LCCo", [-0.04, -0.01])), values=("J",))
+    assert cell(negative, "LCCo", "MSRC7", "J") == "0.0 ± 0.0"
 
 
-# ------------------------------------------------------------------------------------------------------------- tables
-def cell(table: Table, line: str, group: str, metric: str):
-    block = table.blocks[0]
-    cells = next(cells for stub, cells in block.lines if stub[0] == line)
-    return cells[block.columns.index((group, metric))]
+@pytest.mark.parametrize(
+    ("lcco", "baseline", "bold"),
+    [
+        ((60, 61, 62), (50, 50.5, 51), True),
+        ((60, 61, 62), (59, 60, 61), False),  # 61 ± 1 and 60 ± 1 overlap
+        ((61,), (50,), False),  # one seed has no spread
+        ((60, 61), (50, 50.5, 51), False),  # means over other seeds do not compare
+        ((61, 61, 61), (61, 61, 61), False),
+    ],
+)
+def test_bold_is_beyond_the_spread_over_seeds(lcco, baseline, bold):
+    table = main(lcco, baseline)
+    assert cell(table, "LCCo", "MSRC7", "J").startswith("**") == bold
+    assert not cell(table, "Baseline", "MSRC7", "J").startswith("**")
+    assert not cell(table, "LCCo", "MSRC7", "P").startswith("**")
+    assert any("bold" in note for note in table.all_notes()) == bold
+    low = main(lcco, baseline, lower=("J",))
+    assert cell(low, "Baseline", "MSRC7", "J").startswith("**") == bold
 
 
-def test_cells_are_mean_and_sample_deviation_over_seeds_whatever_the_order_of_rows():
-    rows = rows_of()
-    for order in (rows, rows[::-1]):
-        J = cell(Table("table1_main", order, LAYOUT), "LCCo", "msrc7", "J")
-        assert J.mean == 61.0 and math.isclose(J.sd, 1.0) and J.show(1, "{}", "") == "61.0 ± 1.0"
-    one = Table("table1_main", rows_of(seeds=(0,), lcco=(61.0,), baseline=(50.0,)), LAYOUT)
-    assert cell(one, "LCCo", "msrc7", "J").sd is None
-    assert "one seed (0)" in one.markdown() and "over 3 seeds" in Table("t", rows, LAYOUT).markdown()
+def test_what_was_not_run_shrinks_to_a_dash_with_one_footnote():
+    table = main()
+    text, _ = next(iter(table.parts.values()))
+    assert [value for group, value in text if group == "Internet"] == ["P"]  # one column, not two
+    assert cell(table, "LCCo", "Internet", "P") == cell(table, "Baseline", "iCoseg", "P") == "–¹"
+    assert table.all_notes()[0] == "¹ Not run: data not found (internet300, icoseg8)."
+    assert sum(note[0] in "¹²³" for note in table.all_notes()) == 1
 
 
-def test_pictures_seen_in_training_become_a_row_that_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    import lcco.runs
-
-    monkeypatch.setenv("LCCO_CACHE", str(tmp_path / "cache"))
-    train = drawn.folders(tmp_path, ["cow", "car"], 4, name="train")
-    seen, clean = (drawn.folders(tmp_path, ["cow"], 2, name=n, first=f) for n, f in (("seen", 50), ("clean", 90)))
-    shutil.copy(train / "image/car/ca_01.jpg", seen / "image/cow/co_00.jpg")
-    calls: list = []
-    monkeypatch.setattr(lcco.runs, "train_ahead", lambda *a, **k: None)
-    monkeypatch.setattr(lcco.runs, "get_run", lambda e: FakeRun(e, calls))
-    profile = load_profile("smoke")
-    e = profile.experiment.replace({"data.train": [str(train)]})
-    tests = (str(seen), str(clean))
-    found = tables.collect(dataclasses.replace(profile, experiment=e), "t", [Variant("A")], tests=tests, seeds=[0])
-    said = {r["test_set"]: r["status"] for r in found.rows}
-    assert said[str(clean)] == MEASURED and said[str(seen)].startswith("not run: trained on 1 of its 2 pictures")
-    assert {data.name for data, _, _ in calls} == {"clean"}
+def test_ticks_for_modules_and_mathematics_for_losses():
+    rows = measured("L_iou", [60.0], table="table3_losses", L_cs=False, L_c=False)
+    rows += measured("L_iou + L_cs", [61.0], table="table3_losses", L_cs=True, L_c=False)
+    table = Table("table3_losses", with_paper(pd.DataFrame(rows)), index=("row", "L_cs", "L_c"))
+    assert cell(table, "L_iou + L_cs", "", "L_cs") == "✓" and cell(table, "L_iou", "", "L_cs") == ""
+    tex = table.latex()
+    assert r"$\mathcal{L}_{iou}$ + $\mathcal{L}_{cs}$ & \checkmark{} &" in tex
+    assert r"\mathcal{L}_{c}$ & \multicolumn" not in tex and tex.isascii()
 
 
-def test_means_over_other_seeds_are_not_called_best_but_changes_are():
-    lcco = rows_of(seeds=(0, 1), lcco=(60.0, 50.0), baseline=(10.0, 10.0))
-    one = rows_of(seeds=(0,), lcco=(58.0,), baseline=(9.0,))
-    rows = [r | {"change_J": 0.0} for r in lcco if r["row"] == "LCCo"]
-    rows += [r | {"row": "other", "change_J": -2.0} for r in one if r["row"] == "LCCo"]
-    both = Table("t", rows, dataclasses.replace(LAYOUT, metrics=("P", "J", "change_J")))
-    assert not any(cell(both, row, "msrc7", "J").best for row in ("LCCo", "other"))  # 55.0 against 58.0
-    assert cell(both, "LCCo", "msrc7", "change_J").best and not cell(both, "other", "msrc7", "change_J").best
+def test_plain_tables_have_their_own_notes_alone():
+    rows = measured("backbone", [1.23456], images=None, seconds=0.0123)
+    table = Table(
+        "cost", pd.DataFrame(rows), values=("seconds",), decimals=3, unit="", notes=["ms"]
+    )
+    assert cell(table, "backbone", "MSRC7", "seconds") == "0.012" and table.all_notes() == ["ms"]
 
 
-def test_a_set_that_chose_the_weights_is_no_clean_test_and_intruders_are_no_images():
-    def said(checkpoint: str, holdout: list[str]) -> str:
-        record = {"experiment": {"seed": 0, "train": {"checkpoint": checkpoint}, "data": {"holdout": holdout}}}
-        return Table("t", rows_of(), LAYOUT, {"r": record}).markdown()
-
-    assert "MSRC7 was not trained on, but the step" in said("best", ["msrc7"])
-    assert "was not trained on" not in said("last", ["msrc7"]) + said("best", ["voc_val"])
-    rows = [r | {"absent": k, "images": 20 + 3 * k} for r in rows_of() for k in (0, 1)]
-    assert "MSRC7 20." in Table("t", rows, LAYOUT).markdown()
+# ------------------------------------------------------------------------------------------- notes
+def record(seed=0, holdout=(), version=TRAINING_VERSION, **environment) -> dict:
+    here = {"commit": "c" * 40, "dirty": False, "device": "cpu"} | environment
+    e = {"seed": seed, "data": {"holdout": list(holdout)}}
+    about = {"training": {}, "experiment": e, "environment": here, "seconds": 60.0}
+    return about | {"training_version": version}
 
 
-def test_a_measured_table_is_not_replaced_by_an_empty_one_and_lost_rows_are_told(tmp_path: Path, capsys):
-    write_table(rows_of(), tmp_path, "t", LAYOUT)
-    before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
-    empty = [r | {"P": None, "J": None, "run": None, "status": "not run: data not found (x)"} for r in rows_of()]
-    write_table(empty, tmp_path, "t", LAYOUT)
-    assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
-    assert "t.csv: kept, with its 6 measured rows; here nothing was measured (not run" in capsys.readouterr().err
-    write_table([r for r in rows_of() if r["row"] == "LCCo"], tmp_path, "t", LAYOUT)
-    assert "no longer holds what was measured of Baseline; `results: FOLDER`" in capsys.readouterr().err
-    write_table(rows_of(), tmp_path, "t", LAYOUT)
-    assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before and not capsys.readouterr().err
+def notes_with(changed: dict[str, dict]) -> str:
+    names = [f"{m}-{s}" for m in ("LCCo", "Baseline") for s in range(3)]
+    return "\n".join(main(runs={n: record() for n in names} | changed).all_notes())
 
 
-def test_best_is_bold_and_a_tie_of_all_is_not():
-    table = Table("table1_main", rows_of(), LAYOUT)
-    assert cell(table, "LCCo", "msrc7", "J").best and not cell(table, "Baseline", "msrc7", "J").best
-    assert not cell(table, "LCCo", "msrc7", "P").best and not cell(table, "Baseline", "msrc7", "P").best
-    assert "**61.0 ± 1.0**" in table.markdown() and "<b>61.0 ± 1.0</b>" in table.html()
-    assert r"\textbf{61.0 $\pm$ 1.0}" in table.latex()
+def test_notes_say_how_models_were_trained():
+    clean = notes_with({})
+    assert "Trained" not in clean and "clean test" not in clean
+    assert "mean ± standard deviation over 3 seeds" in clean and "scored: MSRC7 208" in clean
+    assert "from an edited checkout: LCCo (seed 1)." in notes_with({"LCCo-1": record(dirty=True)})
+    for unknown in ({"commit": None, "dirty": None}, {"commit": "b38786b"}):
+        text = notes_with({"LCCo-1": record(**unknown), "LCCo-0": record(**unknown)})
+        assert "from an unknown commit: LCCo (seed 0, 1)." in text
+    assert "on H100, unlike the others: Baseline (seed 2)." in notes_with(
+        {"Baseline-2": record(device="H100")}
+    )
+    old = {f"{m}-{s}": record(version=1) for m in ("LCCo", "Baseline") for s in range(3)}
+    assert "older version of the training code: all." in notes_with(old)
+    del old["LCCo-0"]
+    assert "training code: all but LCCo (seed 0)." in notes_with(old)
 
 
-def test_difference_to_the_paper_is_shown_at_the_paper_profile_alone():
-    assert cell(Table("table1_main", rows_of("lite"), LAYOUT), "LCCo", "msrc7", "J").delta is None
-    paper = Table("table1_main", rows_of("paper"), LAYOUT)
-    assert math.isclose(cell(paper, "LCCo", "msrc7", "J").delta, 61.0 - 88.4)
-    assert "(-27.4)" in paper.markdown() and "difference" in paper.markdown()
-    assert cell(paper, "LCCo", "msrc7", "paper_J").show(1, "{}", "") == "88.4"
+def test_notes_say_whose_pictures_chose_the_weights():
+    assert "MSRC7 was not trained on, but" in notes_with({"LCCo-0": record(holdout=["msrc7"])})
+    assert "not trained on, but" not in notes_with({"LCCo-0": record(holdout=["voc_val"])})
+    rows = pd.DataFrame(measured("LCCo", [60.0, 61.0], chose_weights=3))
+    assert any("MSRC7 was not trained on, but" in n for n in Table("t", rows).all_notes())
 
 
-def test_what_was_not_run_says_why_in_a_footnote():
-    for text in (lambda t: t.markdown(), lambda t: t.html(), lambda t: t.latex()):
-        shown = text(Table("table1_main", rows_of(), LAYOUT))
-        assert "not run" in shown and "data not found (internet300)" in shown
+def test_slips_in_print_stand_where_their_set_is_shown():
+    text = main().markdown()
+    assert "mixes protocols" in text and "ten images a class" in text and "VOC 2010" not in text
 
 
-def test_slips_of_the_record_are_footnotes_where_they_belong():
-    chosen = load_profile("lite")
-    table = Table("table1_main", rows_of() + tables.quoted_rows(chosen), LAYOUT)
-    text = table.markdown()
-    number = table.footnotes.index(next(n for n in table.footnotes if "71.2" in n)) + 1
-    assert text.count(f"74.1 <sup>{number}</sup>") == 1
-    assert "mixes protocols" in text and "ten images a class" in text and "VOC 2010" not in text  # PASCAL is not in it
-    assert "mixes protocols" not in Table("table2_components", rows_of(), LAYOUT).markdown()
+# ------------------------------------------------------------------------------------------- files
+def runs_of(table: Table) -> list:
+    return [
+        SimpleNamespace(path=Path(n), record=record()) for n in table.rows["run"].dropna().unique()
+    ]
 
 
-def test_written_tables_are_read_again_the_same(tmp_path: Path):
-    runs = [SimpleNamespace(path=Path(f"runs/run-LCCo-{s}"), record={"seconds": s}) for s in range(3)]
-    rows = rows_of() + tables.quoted_rows(load_profile("lite"))
-    table = write_table(rows, tmp_path, "table1_main", LAYOUT, runs)
+def test_a_written_table_is_read_again_the_same(tmp_path: Path):
+    table = main(index=("row", "train_set"))
+    table.rows = pd.concat([table.rows, quoted_rows(LITE)], ignore_index=True)
+    table = Table(table.name, table.rows, title="Table 1", index=("row", "train_set"))
+    table.write(tmp_path, runs_of(table))
     again = read_table(tmp_path / "table1_main.csv")
-    assert again.runs == {f"run-LCCo-{s}": {"seconds": s} for s in range(3)} and again.layout == LAYOUT
-    for kind in ("markdown", "latex", "html"):
-        assert getattr(again, kind)() == getattr(table, kind)()
-    assert (tmp_path / "table1_main.md").read_text() == table.markdown()
-    header = (tmp_path / "table1_main.csv").read_text().splitlines()[0]
-    assert tuple(header.split(",")) == ROW_FIELDS
+    assert again.runs == table.runs and len(again.runs) == 6
+    for kind in ("markdown", "latex", "_repr_html_"):
+        assert re.sub(r"T_\w+", "", getattr(again, kind)()) == re.sub(
+            r"T_\w+", "", getattr(table, kind)()
+        )
+    assert (tmp_path / "table1_main.md").read_text(encoding="utf-8") == table.markdown()
+    header = (tmp_path / "table1_main.csv").read_text().splitlines()[0].split(",")
+    assert tuple(header[: len(ROW_FIELDS)]) == ROW_FIELDS
     (tmp_path / "table1_main.records.json").unlink()
     with pytest.raises(LCCoError, match=r"table1_main.csv: not a written table"):
         read_table(tmp_path / "table1_main.csv")
 
 
-def test_markdown_rows_have_as_many_cells_as_the_heading():
-    text = Table("table1_main", rows_of() + tables.quoted_rows(load_profile("lite")), LAYOUT).markdown()
-    lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert len(lines) > 20
-    for block in text.split("**Protocol")[1:]:
-        widths = {line.count("|") for line in block.split("**As printed")[0].splitlines() if line.startswith("|")}
-        assert len(widths) == 1
+def test_a_measured_table_is_not_replaced_by_one_that_measured_nothing(tmp_path: Path, capsys):
+    table = main()
+    table.write(tmp_path, runs_of(table))
+    before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
+    nothing = Table("table1_main", pd.DataFrame(absent("LCCo", "msrc7")))
+    nothing.write(tmp_path, ())
+    assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
+    assert "kept; here nothing was measured (not run: data not found" in capsys.readouterr().out
+    nothing.write(tmp_path / "new", ())
+    assert "–¹" in (tmp_path / "new" / "table1_main.md").read_text(encoding="utf-8")
 
 
-def latex_of_hard_names() -> str:
-    rows = rows_of()
-    for row in rows:
-        row["row"] = row["row"].replace("LCCo", "50% & $x_1$ #1 {a}\\b ~^ ≥ 3 × λ “q”")
-    return Table("table1_main", rows + tables.quoted_rows(load_profile("lite")), LAYOUT).latex()
+@pytest.mark.parametrize(
+    "folder", sorted(p.parent for p in (ROOT / "results").glob("*/table1_main.csv"))
+)
+def test_every_committed_table_can_be_read_and_shown(folder: Path):
+    for table in tables._written(folder):
+        text = table.markdown()
+        assert text.count("\n|") > 2 and text.startswith(f"# {table.title}\n")
+        done = table.rows[table.rows["status"] == MEASURED]
+        assert set(done["run"]) <= set(table.runs) and set(table.rows["profile"]) == {folder.name}
+        others = table.rows["status"].drop(done.index)
+        assert others.str.startswith("not run: ").all()
 
 
 def test_latex_is_whole_and_every_line_has_its_columns():
-    text = latex_of_hard_names()
-    for word in ("document", "tabular"):
-        assert text.count(rf"\begin{{{word}}}") == text.count(rf"\end{{{word}}}") > 0
-    assert {"booktabs", "graphicx"} <= set(re.search(r"usepackage\{(booktabs.*?)\}", text)[1].split(","))
+    text = hard_names().latex()
+    for word in ("table", "tabular"):
+        assert text.count(rf"\begin{{{word}}}") == text.count(rf"\end{{{word}}}") == 2
+    assert text.count(r"\caption{") == 2 and r"\label{tab:table1_main-1}" in text
+    assert all(rule in text for rule in (r"\toprule", r"\midrule", r"\bottomrule"))
+    assert text.rstrip().endswith(r"\end{table}") and "documentclass" not in text
     for part in text.split(r"\begin{tabular}")[1:]:
         columns = len(re.match(r"\{([lr]+)\}", part)[1])
         for line in part.split(r"\midrule")[1].split(r"\bottomrule")[0].strip().splitlines():
@@ -306,54 +413,60 @@ def test_latex_is_whole_and_every_line_has_its_columns():
     assert text.isascii(), [c for c in text if not c.isascii()]
 
 
+def hard_names() -> Table:
+    rows = main().rows.replace({"row": {"LCCo": "50% & $x_1$ #1 {a}\\b ~^ ≥ 3 × λ “q” L_iou"}})
+    rows = pd.concat([rows, quoted_rows(LITE)], ignore_index=True)
+    return Table("table1_main", rows, title="Table 1: L_c & more")
+
+
 @pytest.mark.skipif(not shutil.which("pdflatex"), reason="pdflatex is not installed")
-def test_latex_compiles_with_pdflatex_alone(tmp_path: Path):
-    (tmp_path / "t.tex").write_text(latex_of_hard_names())
-    words = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "t.tex"]
+def test_latex_is_input_by_a_document(tmp_path: Path):
+    packages = r"\usepackage[utf8]{inputenc}\usepackage{booktabs,graphicx,amssymb}"
+    page = rf"\documentclass{{article}}{packages}\begin{{document}}\input{{t}}\end{{document}}"
+    (tmp_path / "t.tex").write_text(hard_names().latex())
+    (tmp_path / "page.tex").write_text(page)
+    words = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "page.tex"]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and (tmp_path / "t.pdf").stat().st_size > 1000, done.stdout[-2000:]
+    assert done.returncode == 0, done.stdout[-2000:]
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "results").glob("*/*.records.json")), ids=lambda p: f"{p.parent.name}")
-def test_committed_table_agrees_with_its_rows_and_records(file: Path):
-    table = read_table(file.parent / file.name.replace(".records.json", ".csv"))
-    assert file.with_name(f"{table.name}.md").read_text() == table.markdown()
-    assert file.with_name(f"{table.name}.tex").read_text() == table.latex()
-    for _, row in table.rows.iterrows():
-        assert row["profile"] == file.parent.name and row["table"] == table.name
-        if row["status"] == MEASURED:
-            record = table.runs[row["run"]]
-            if "baseline" in record:  # Table 5's rivals are not trained here
-                assert record["baseline"] and record["environment"]
-                continue
-            assert record["hash"] in row["run"] and record["experiment"]["seed"] == row["seed"]
-            assert "+".join(record["experiment"]["data"]["train"]) == row["train_set"]
-        else:
-            assert row["status"].startswith("not run: ") and math.isnan(row["J"]) and not isinstance(row["run"], str)
+def test_markdown_keeps_its_columns_when_a_name_holds_a_bar():
+    rows = pd.DataFrame(measured("a|b", [60.0]))
+    lines = [x for x in Table("t", rows).markdown().splitlines() if x.startswith("|")]
+    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
+    assert "<b>x" not in Table("t", rows.replace({"row": {"a|b": "<b>x"}}))._repr_html_()
 
 
-# ------------------------------------------------------------------------------------------------------------ figures
-def test_overlay_marks_the_object_and_greys_the_rest():
-    image = np.zeros((60, 90, 3)) + (0.9, 0.2, 0.1)
-    mask = np.zeros((30, 45))
-    mask[10:20, 15:30] = 1
-    out = figures.overlay(image, mask)
-    assert out.shape == image.shape
-    corner, inside, edge = out[2, 2], out[30, 45], out[20, 45]
-    assert np.ptp(corner) < 1e-9 and np.ptp(inside) > 0.3 and edge.max() < 0.2
+# ------------------------------------------------------------------------------------------- pages
+def test_pages_of_results(tmp_path: Path):
+    folder = tmp_path / "lite"
+    table = main(index=("row",))
+    table.write(folder, runs_of(table))
+    rows = measured("SAM", [60.0], table="table5_foundation")
+    Table("table5_foundation", with_paper(pd.DataFrame(rows)), title="Table 5").write(
+        folder, [SimpleNamespace(path=Path("SAM-0"), record={"rival": "SAM"})]
+    )
+    records = folder / "table1_main.records.json"
+    records.write_text(records.read_text().replace('"seconds": 60.0', '"seconds": 0', 1))
+    (folder / "notebooks").mkdir()
+    (folder / "notebooks" / "01_main_results.ipynb").write_text("{}")
+    text = tables.results_readme(folder).read_text(encoding="utf-8")
+    first = text.split("\n\n")[1]
+    assert (
+        "LCCo: MSRC7 90.0 ± 0.0 / 61.0 ± 1.0, Internet not run" in first and "protocol ufo" in first
+    )
+    assert "[01_main_results](notebooks/01_main_results.ipynb)" in text
+    assert "6 on cpu; 5 min 00 s in all; of 1 the time was not recorded." in text
+    assert text.index("## Table 1") < text.index("## Table 5") < text.index("## Made on")
+    about = load_profile("lite").about.strip()
+    assert about in text
+    index = tables.results_index(tmp_path).read_text(encoding="utf-8")
+    assert "| SAM | 69.17 / 35.30 | MSRC7 90.0 / 60.0 |" in index
+    assert "LCCo, trained on COCO" in index and "MSRC 97.9 / 89.8" in index and about in index
 
 
-def test_figures_are_written_with_their_caption_and_photographs_go_where_git_ignores_them(tmp_path: Path):
-    rows = [{"row": r, "K": k, "J": 50.0 + k + s} for r in "AB" for k in (1, 5) for s in (0, 1)]
-    png = figures.save(figures.curve(rows, "K", xlabel="distilled prompts K"), tmp_path, "k", "What it shows.")
-    assert figures.caption(png) == "What it shows." and (tmp_path / "k.pdf").stat().st_size > 1000
-    axes = figures.curve(rows, "K", xlabel="distilled prompts K").axes[0]
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("distilled prompts K", "J (%)")
-    figures.save(figures.bars(rows, "K", by="row"), tmp_path, "bars")
-    images, mask = [np.random.default_rng(0).random((20, 30, 3))] * 2, [np.eye(20, 30)] * 2
-    panel = figures.Panel("cow", images, {"truth": mask, "LCCo": mask})
-    shown = figures.qualitative([panel, panel, panel])
-    assert len(shown.axes) == 3 * 3 * 2  # sets × (input, truth, LCCo) × images
-    png = figures.save(shown, tmp_path, "fig4", photos=True)
-    assert png == tmp_path / "photos" / "fig4.png"
-    assert "/results/*/photos/" in (ROOT / ".gitignore").read_text().split()
+def test_the_index_shows_what_the_paper_says_of_more_images():
+    assert tables._printed("more_images") == {
+        "Su 2023, from 5 to 8 images": ["P -1.3", "J -2.4"],
+        "LCCo, from 5 to 8 images": ["P +0.3", "J +0.2"],
+    }
