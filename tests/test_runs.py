@@ -1,0 +1,348 @@
+"""The run store: trained once, found again, honest about what made it and what it has seen."""
+
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import drawn
+import pytest
+import tiny
+import torch
+from PIL import Image, ImageOps
+
+from lcco import config
+from lcco.common import LCCoError, Missing, file_digest, place
+from lcco.config import TRAINING_VERSION, Experiment, load_profile
+from lcco.data import load_data
+from lcco.experiment import runs
+from lcco.experiment.evaluate import evaluate_all
+from lcco.experiment.features import _made
+from lcco.experiment.runs import environment, estimate, find_run, get_run, open_run
+from lcco.store import read_json
+
+
+@pytest.fixture
+def base(tmp_path) -> Experiment:
+    return tiny.experiment(tmp_path, **{"train.steps": 2, "train.eval_every": 1})
+
+
+@pytest.fixture
+def other(tmp_path):
+    """A set of pictures that nothing is trained on."""
+    return load_data(str(drawn.folders(tmp_path, ["cow", "dog"], 3, name="other", first=500)))
+
+
+def invert(file: Path) -> None:
+    ImageOps.invert(Image.open(file).convert("L")).save(file)
+
+
+# --------------------------------------------------------------------------- trained once
+def test_a_run_is_trained_once_and_its_record_says_what_made_it(base):
+    assert find_run(base) is None
+    path = place("runs") / base.run_name
+    tiny.trainer(base, path).fit(stop_at=1)  # as if interrupted
+    run = get_run(base)
+    stamp = (path / "last.safetensors").stat().st_mtime_ns
+    assert get_run(base).record == run.record == find_run(base).record
+    assert (path / "last.safetensors").stat().st_mtime_ns == stamp
+    assert not (path / "checkpoint.pt").exists()
+    record, data = run.record, load_data(base.data.train)
+    assert record["hash"] == base.hash and record["training_version"] == TRAINING_VERSION
+    here = record["environment"]
+    assert {"commit", "dirty", "device", "threads", "python", "cores"} <= here.keys()
+    assert torch.__version__.startswith(here["versions"]["torch"])
+    assert record["data"]["digest"] == data.digest() and record["data"]["images"] == 12
+    assert record["data"]["masks"] == record["holdout"]["masks"] == data.truth_digest()
+    assert record["weights_sha256"] == file_digest(run.weights, 64)
+    assert run.weights.name == "best.safetensors"
+    assert record["training"]["step"] == 2 and record["training"]["threads"] == 1
+    assert record["seconds"] > 0 and record["processes"] == 1 and record["peak_memory_mb"] > 10
+    predictor = run.predictor()
+    assert record["tower"] == predictor.features.tower.identity
+    assert record["vocabulary_hash"] == predictor.vocabulary.hash
+    assert list(run.log()["step"]) == [1, 2] and "holdout_J" in run.log()
+    last = get_run(base.replace({"data.holdout": []}))
+    assert last.weights.name == "last.safetensors" and last.record["holdout"] is None
+    (path / "record.json").write_text("{}")
+    with pytest.raises(LCCoError, match="record.json: damaged; remove"):
+        get_run(base)
+
+
+def test_a_training_on_several_machines_names_them_and_adds_up_its_seconds(base, monkeypatch):
+    real, here = runs.Trainer.fit, environment()
+    monkeypatch.setattr(runs, "environment", lambda: here | {"device": "gpu a"})
+
+    def stopped(self):
+        real(self, stop_at=1)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(runs.Trainer, "fit", stopped)
+        get_run(base)
+    checkpoint = place("runs") / base.run_name / "checkpoint.pt"
+    saved = torch.load(checkpoint, weights_only=True)
+    saved["state"]["seconds"] += 1000  # as if it had been long
+    torch.save(saved, checkpoint)
+    monkeypatch.setattr(runs, "environment", lambda: here | {"device": "gpu b"})
+    record = get_run(base).record
+    assert [e["device"] for e in record["begun_on"]] == ["gpu a"]
+    assert record["environment"]["device"] == "gpu b"
+    assert 1000 < record["training"]["seconds"] < record["seconds"] < 1200
+
+
+def test_a_copy_without_git_is_unknown_not_clean(monkeypatch, tmp_path):
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    alone = tmp_path / "alone"
+    (alone / "lcco").mkdir(parents=True)
+    (alone / "lcco" / "common.py").write_text("")
+    assert [environment(alone)[k] for k in ("commit", "dirty")] == [None, None]
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(alone)]
+    subprocess.run([*git, "init", "-q"], check=True)
+    # the code stands in a repository that does not hold it, such as a user's own project
+    assert [environment(alone)[k] for k in ("commit", "dirty")] == [None, None]
+    subprocess.run([*git, "add", "lcco"], check=True)
+    subprocess.run([*git, "commit", "-qm", "one"], check=True)
+    made = environment(alone)
+    assert len(made["commit"]) == 40 and made["dirty"] is False
+    (alone / "lcco" / "common.py").write_text("edited")
+    assert environment(alone) == made | {"dirty": True}
+
+
+def _ask(experiment: Experiment) -> None:
+    torch.set_num_threads(1)
+    get_run(experiment)
+
+
+def test_two_processes_train_a_run_once(base):
+    spawn = multiprocessing.get_context("spawn")
+    asked = [spawn.Process(target=_ask, args=(base,)) for _ in range(2)]
+    for p in asked:
+        p.start()
+    for p in asked:
+        p.join(200)
+        assert p.exitcode == 0
+    assert list(find_run(base).log()["step"]) == [1, 2]  # one training's log
+
+
+TOGETHER = """
+import sys
+from pathlib import Path
+from lcco.config import Experiment
+from lcco.experiment.runs import get_run
+get_run(Experiment.model_validate_json(Path(sys.argv[1]).read_text()))
+"""
+
+
+def test_two_processes_train_one_model_together(base, tmp_path):
+    """As `accelerate launch` does it; each takes its share of a step's groups."""
+    (tmp_path / "e.json").write_text(base.model_dump_json())
+    (tmp_path / "together.py").write_text(TOGETHER)
+    here = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    here["PYTHONPATH"] = str(Path(__file__).parents[1])
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    launch += ["2", str(tmp_path / "together.py"), str(tmp_path / "e.json")]
+    done = subprocess.run(launch, env=here, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = find_run(base)
+    assert run.record["processes"] == 2 and run.record["training"]["step"] == 2
+    assert list(run.log()["step"]) == [1, 2]
+    # The losses are those of one process with all the groups, but for the batch statistics.
+    whole = get_run(base.replace({"data.groups": 4}))
+    assert run.log()["loss"][0] == pytest.approx(whole.log()["loss"][0], rel=0.05)
+
+
+def test_runs_of_older_code_are_not_taken_for_new_ones(base, monkeypatch, capsys):
+    old = get_run(base)
+    with monkeypatch.context() as patch:
+        patch.setattr(config, "TRAINING_VERSION", TRAINING_VERSION + 1)
+        patch.setattr(runs, "TRAINING_VERSION", TRAINING_VERSION + 1)
+        assert find_run(base) is None
+        assert open_run("tiny").path == old.path
+        assert "trained by an older version of the code" in capsys.readouterr().err
+        new = get_run(base)
+        assert new.path != old.path
+        assert open_run("tiny").path == new.path  # the current one of two
+    assert "older version" not in capsys.readouterr().err
+
+
+def test_an_unwritable_store_is_one_line(base, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for name in ("LCCO_RUNS", "LCCO_CACHE"):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, str(tmp_path / "file" / "store"))
+            _made.cache_clear()
+            with pytest.raises(LCCoError, match=rf"cannot be written to .*set {name}") as error:
+                get_run(base)
+            assert "\n" not in str(error.value)
+
+
+# --------------------------------------------------------------------------- scores
+def test_scores_are_kept_and_say_who_scored_what(base, other):
+    run = get_run(base)
+    once = run.evaluate(other, ("ufo", "native"), 3)
+    (direct,) = evaluate_all(run.predictor(), other, ["native"], 3).values()
+    assert once["native"] == direct
+    files = sorted((run.path / "evaluations").glob("other-ufo-3-*.json"))
+    stored, stamp = read_json(files[0]), files[0].stat().st_mtime_ns
+    assert stored["scored_by"]["commit"] == environment()["commit"]
+    assert stored["scored_on"]["masks"] == other.truth_digest()
+    assert run.evaluate(other, "ufo", 3)["ufo"] == once["ufo"]
+    assert files[0].stat().st_mtime_ns == stamp
+    assert run.evaluate(other, "ufo", 2)["ufo"].group_size == 2
+    assert run.evaluate(other, "ufo", 3, k=1)["ufo"] == run.evaluate(other, "ufo", 3, k=1)["ufo"]
+    run.evaluate(other, "ufo", 3, gt=True)
+    assert len(list((run.path / "evaluations").glob("other-ufo-3-*.json"))) == 3
+    calls = []
+    for _ in range(2):
+        assert run.measure("n", other, [1], lambda: calls.append(1) or {"a": [1, 2]})["a"] == [1, 2]
+    assert calls == [1]
+    for file in other.root.glob("groundtruth/*/*"):  # edited masks are scored anew
+        invert(file)
+    edited = load_data(str(other.root))
+    assert run.evaluate(edited, "native", 3)["native"].rows != once["native"].rows
+
+
+def test_a_run_without_its_weights_still_tells_its_scores(base, other):
+    run = get_run(base)
+    once = run.evaluate(other, "ufo", 3)
+    for file in run.path.glob("*.safetensors"):
+        file.unlink()
+    again = open_run(run.path)
+    assert again.evaluate(other, "ufo", 3) == once
+    with pytest.raises(Missing, match="weights `tiny-.*` not found: train it again"):
+        again.evaluate(other, "native", 3)
+
+
+# --------------------------------------------------------------------------- what it has seen
+def test_pictures_of_training_are_refused(base, tmp_path, other):
+    run, mine = get_run(base), load_data(base.data.train)
+    with pytest.raises(LCCoError, match="was trained on 12 of the 12 pictures of set"):
+        run.evaluate(mine, "ufo", 3)
+    assert run.evaluate(mine, "ufo", 3, allow_overlap=True)["ufo"].summary["images"] == 12
+    assert run.overlap(other) == 0
+    shutil.copy(mine.path(0), other.path(0))  # by content, whatever its name
+    changed = load_data(str(other.root))
+    with pytest.raises(LCCoError, match="was trained on 1 of the 6"):
+        run.evaluate(changed, "ufo", 3)
+    shutil.rmtree(base.data.train[0])  # gone: what was compared before is known
+    again = open_run(run.path)
+    assert again.evaluate(other, "ufo", 3)["ufo"].summary["images"] == 6
+    with pytest.raises(LCCoError, match="was trained on 1 of the 6"):
+        again.evaluate(changed, "ufo", 3)
+    new = load_data(str(drawn.folders(tmp_path, ["dog"], 3, name="new", first=70)))
+    with pytest.raises(LCCoError, match="whether tiny-.* has seen new is unknown: data `"):
+        again.evaluate(new, "ufo", 3)
+
+
+def test_pictures_that_chose_the_weights_are_counted(base, tmp_path, other):
+    """They are no pictures of training, so a score is given; its row gets a note."""
+    run = get_run(base.replace({"data.holdout": [str(other.root)]}))
+    assert (run.overlap(other), run.holdout_overlap(other)) == (0, 6)
+    assert run.evaluate(other, "ufo", 3)["ufo"].summary["images"] == 6
+    more = load_data(str(drawn.folders(tmp_path, ["cow"], 2, name="more", first=900)))
+    assert run.holdout_overlap(more) == 0
+    shutil.copy(other.path(0), more.path(0))
+    assert run.holdout_overlap(load_data(str(more.root))) == 1
+
+
+def test_test_pictures_are_left_out_of_training_and_holdout(base, tmp_path):
+    mine = load_data(base.data.train)
+    test = drawn.folders(tmp_path, ["cow"], 2, name="test", first=700)
+    shutil.copy(mine.path(0), next((test / "image" / "cow").iterdir()))
+    e = base.replace({"data.without": [str(test)]})
+    data, holdout = runs.training_data(e)
+    assert len(data) == len(holdout) == len(mine) - 1 and mine.keys[0] not in data.keys
+    run = get_run(e)
+    test = load_data(str(test))
+    assert run.overlap(test) == run.holdout_overlap(test) == 0
+    assert run.record["data"]["images"] == 11
+
+
+def test_what_a_start_was_trained_on_counts(base, tmp_path, capsys):
+    first = get_run(base)
+    mine = str(drawn.folders(tmp_path, ["cow", "dog"], 3, name="mine", first=50))
+    changes = {"data.train": mine, "data.holdout": [], "train.start": str(first.weights)}
+    run = get_run(base.replace(changes))
+    with pytest.raises(LCCoError, match="was trained on 12 of the 12"):
+        run.evaluate(load_data(base.data.train), "ufo", 3)
+    assert run.holdout_overlap(load_data(base.data.train)) == 12
+    shutil.rmtree(base.data.train[0])  # on another machine it cannot be looked at, and says so
+    new = load_data(str(drawn.folders(tmp_path, ["cow"], 3, name="new", first=90)))
+    assert open_run(run.path).overlap(new) == 0
+    assert "has seen new is unknown: data `" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["masks", "pictures"])
+def test_a_training_set_that_was_edited_since_is_noticed(base, other, what):
+    run, mine = get_run(base), load_data(base.data.train)
+    if what == "masks":
+        invert(mine.truth_path(0))
+    else:
+        mine.path(0).unlink()
+        mine.truth_path(0).unlink()
+    said = f"{what} of set were edited since it was trained; put them back"
+    with pytest.raises(LCCoError, match=said):
+        get_run(base)
+    with pytest.raises(LCCoError, match=said):
+        open_run(run.path).evaluate(other, "ufo", 3)
+    assert get_run(base.replace(name="anew")).path != run.path
+
+
+# --------------------------------------------------------------------------- finding
+def test_runs_are_opened_by_folder_name_and_file(base, other, tmp_path):
+    with pytest.raises(LCCoError, match="no run, folder or model file is called `tiny`.*none"):
+        open_run("tiny")
+    run = get_run(base)
+    assert open_run(run.path).record == open_run("tiny").record == run.record
+    get_run(base.replace(seed=1))
+    with pytest.raises(LCCoError, match="several runs are called `tiny`: tiny-.*; give more"):
+        open_run("tiny")
+    begun = place("runs") / base.replace(seed=2).run_name
+    tiny.trainer(base.replace(seed=2), begun).fit(stop_at=1)
+    with pytest.raises(LCCoError, match="holds no finished run"):
+        open_run(begun)
+    file = tmp_path / "mine.safetensors"
+    shutil.copy(run.weights, file)
+    moved = open_run(file)
+    assert moved.evaluate(other, "ufo", 3) == run.evaluate(other, "ufo", 3)
+    assert moved.path.parent == place("runs") and moved.path.name.startswith("mine-")
+    assert moved.overlap(load_data(base.data.train)) == 12
+
+
+def test_the_shipped_model_is_a_run_and_is_scored(other, capsys):
+    run = open_run("shipped")
+    assert run.experiment.name == "shipped" and run.record["trained_on"][0]["train"]
+    if "LCCO_DATA" not in os.environ:  # what it was trained on is not here, which is said
+        assert run.overlap(other) == 0
+        assert "has seen other is unknown: data `" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------- before training
+def test_an_estimate_is_of_the_right_order_and_keeps_nothing(base):
+    found = estimate(base)
+    assert found["images"] == 12 and found["steps"] == 2 and not found["trained before"]
+    model = tiny.trainer(base, Path("unused")).model
+    learned = [p.numel() for n, p in model.named_parameters() if not n.startswith("backbone.")]
+    assert found["trained parameters"] == sum(learned)
+    assert 0 < found["training seconds"] < 60 and found["estimated from"].endswith("machine")
+    assert not list(place("runs").glob("*"))
+    run = get_run(base)
+    like = estimate(base.replace(seed=3))
+    assert like["estimated from"] == "a finished run like it" and not like["trained before"]
+    assert like["memory MB"] == run.record["peak_memory_mb"] and estimate(base)["trained before"]
+
+
+def test_absent_test_sets_are_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("LCCO_DATA", str(tmp_path))
+    profile = load_profile("smoke")
+    found = runs.load_tests(profile, [*profile.tests, "msrc7"])
+    assert isinstance(found.pop("msrc7"), Missing)
+    assert len(found[profile.tests[0]]) == 12 * profile.counts[profile.tests[0]]
+
+
+def test_weights_of_a_training_on_its_own_holdout_are_doubted_aloud(base, capsys):
+    get_run(base)
+    assert "as `data.train` does: weights are chosen on pictures" in capsys.readouterr().err
