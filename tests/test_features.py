@@ -1,6 +1,7 @@
 """What is kept of sets is what the frozen parts say, and a batch is what the draws say."""
 
 import shutil
+from dataclasses import replace
 
 import drawn
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image, ImageOps
 from lcco.common import place
 from lcco.config import Experiment
 from lcco.data import Draw, load_data
-from lcco.experiment.features import Features, batch, make_features, own_word
+from lcco.experiment.features import Features, batch, make_features
 from lcco.semantics import make_vocabulary
 
 
@@ -94,7 +95,9 @@ def test_a_batch_is_what_the_draws_say(base):
     named = batch(features, vocabulary, data, [*draws, both], v_gt="name", background="zero")
     words = vocabulary.words
     assert named.true.tolist() == [words.index("cow"), words.index("dog"), -1]
-    assert own_word(("unicorn",), words) == -1
+    fewer = replace(vocabulary, words=("dog", "boat", "car", "hat"))
+    named = batch(features, fewer, data, draws, v_gt="name", background="zero")
+    assert named.true.tolist() == [-1, 0]
     none = batch(features, vocabulary, data, draws, v_gt=None, background="zero")
     assert none.true is None
 

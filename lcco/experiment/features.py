@@ -7,7 +7,7 @@ memory-mapped file each, so that a training on frozen features takes minutes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from lcco.store import kept, kept_file
 
 Box = tuple[float, float, float, float]
 Pair = tuple[int, tuple[str, ...]]  # an item, and the classes whose union is its truth
-MEMO_BYTES = 2**30  # bound on squares in memory, and on a file of true masks
+TRUTH_BYTES = 2**30  # bound on a file of true masks
 AT_ONCE = 16  # pictures through the backbone at once: early maps are large
 
 
@@ -45,9 +45,8 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """The batch on a device; half-precision maps become float there."""
         maps = self.maps and [m.to(device, non_blocking=True).float() for m in self.maps]
-        rest = {k: v for k, v in vars(self).items() if k != "maps"}
-        moved = {k: v if v is None else v.to(device, non_blocking=True) for k, v in rest.items()}
-        return Batch(maps=maps, **moved)
+        rest = {k: v for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, maps=maps, **{k: v.to(device) for k, v in rest.items()})
 
 
 class Features:
@@ -136,19 +135,17 @@ class Features:
     ) -> np.ndarray:
         """uint8 [S, S] of {0, 1, 255 = void}: the truth of item i, or of a crop, as a square.
 
-        Those of sets up to `MEMO_BYTES` are kept on disk: decoding costs more than a step.
+        Those of sets up to `TRUTH_BYTES` are kept on disk: decoding costs more than a step.
         """
-        rows, recipe = self.rows(data), [data.identity(), self.size]
-        if crop:
+        rows = self.rows(data)
+        if crop or (i, classes) not in rows or len(rows) * self.size**2 > TRUTH_BYTES:
             return mask_square(data.mask(i, classes), self.size, crop)
-        if (i, classes) in rows and len(rows) * self.size**2 <= MEMO_BYTES:
-            return self._array("truths", recipe, partial(self._truths, data))[rows[i, classes]]
-        make = partial(self._truths, data, [(i, classes)])
-        return self._array("truths", [*recipe, i, classes], make, disk=False)[0]
+        make = partial(self._truths, data)
+        return self._array("truths", [data.identity(), self.size], make)[rows[i, classes]]
 
-    def _truths(self, data: CoSegData, pairs: Sequence[Pair] = ()) -> np.ndarray:
-        some = progress(pairs or list(self.rows(data)), f"reading masks of {data.name}")
-        return np.stack([mask_square(data.mask(i, classes), self.size) for i, classes in some])
+    def _truths(self, data: CoSegData) -> np.ndarray:
+        pairs = progress(list(self.rows(data)), f"reading masks of {data.name}")
+        return np.stack([mask_square(data.mask(i, classes), self.size) for i, classes in pairs])
 
     def visual(
         self, data: CoSegData, items: Sequence[int], flips: Sequence[bool] | None = None,
@@ -166,18 +163,18 @@ class Features:
             views = [np.ascontiguousarray(p).reshape(-1, s, s, c)
                      for p, (c, s) in zip(parts, self.shapes, strict=True)]  # fmt: skip
             return None, [torch.from_numpy(v).permute(0, 3, 1, 2) for v in views]
-        squares = [self._square(data, i, c, keep) for i, c in zip(items, crops, strict=True)]
-        images = _to_images([s[:, ::-1] if f else s for s, f in zip(squares, flips, strict=True)])
+        images = self._images(data, items, flips, crops)
         if not self.stages:
             return images, None
         maps = [self.frozen_maps(part) for part in images.split(AT_ONCE)]
         return None, [torch.cat(stride) for stride in zip(*maps, strict=True)]
 
-    def _square(self, data: CoSegData, i: int, crop: Box | None, keep: bool) -> np.ndarray:
-        if crop or not keep:
-            return load_square(data.image(i), self.size, crop)
-        make = lambda: load_square(data.image(i), self.size)  # noqa: E731
-        return self._array("square", [data.digest(), i], make, disk=False)
+    def _images(self, data: CoSegData, items: Sequence[int], flips: Sequence[bool],
+                crops: Sequence[Box | None]) -> Tensor:  # fmt: skip
+        how = zip(items, crops, strict=True)
+        squares = [load_square(data.image(i), self.size, crop) for i, crop in how]
+        squares = [s[:, ::-1] if f else s for s, f in zip(squares, flips, strict=True)]
+        return torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).float().div_(255)
 
     @torch.no_grad()
     def frozen_maps(self, images: Tensor) -> list[Tensor]:
@@ -204,7 +201,7 @@ class Features:
         what = f"embedding {data.name} ({self.backbone.name}, {self.size} px)"
         for start in progress(range(0, len(data), AT_ONCE), what):
             items = range(start, min(start + AT_ONCE, len(data)))
-            images = _to_images([self._square(data, i, None, keep=False) for i in items])
+            images = self._images(data, items, [False] * len(items), [None] * len(items))
             for side in range(1 + flip):
                 maps = self.frozen_maps(images.flip(-1) if side else images)
                 rows = torch.cat([m.permute(0, 2, 3, 1).flatten(1) for m in maps], dim=1)
@@ -224,15 +221,12 @@ class Features:
     ) -> np.ndarray:  # fmt: skip
         """What `make` gives or `write` writes: remembered, and kept on disk."""
         name = f"{kind}-{digest(recipe, 16)}.npy"
-        value = self._memo.get(name)
-        if value is None:
+        if name not in self._memo:
             if write:
                 make = partial(np.load, kept_file(place("cache") / name, write), mmap_mode="r")
-            value = kept(place("cache") / name, make) if disk and not write else make()
-            if len(self._memo) * 3 * self.size**2 > MEMO_BYTES:
-                self._memo.clear()
-            self._memo[name] = value
-        return value
+            found = kept(place("cache") / name, make) if disk and not write else make()
+            self._memo[name] = found
+        return self._memo[name]
 
 
 def make_features(experiment: Experiment, device: str | None = None) -> Features:
@@ -273,17 +267,19 @@ def batch(
 
     v_gt: what marks the true class, the "tower" (Eq. 12) or the class's own "name".
     """
-    items, flips, crops, pairs = [], [], [], []
-    for d in draws:
-        items, flips, crops = [*items, *d.items], [*flips, *d.flips], [*crops, *d.crops]
-        pairs += [(i, d.classes) for i in d.items]
+    pairs = [(i, d.classes) for d in draws for i in d.items]
+    items, flips, crops = (
+        [x for d in draws for x in getattr(d, name)] for name in ("items", "flips", "crops")
+    )
     images, maps = features.visual(data, items, flips, crops)
     truths = [features.truth(data, *p, c) for p, c in zip(pairs, crops, strict=True)]
     truths = [t[:, ::-1] if flip else t for t, flip in zip(truths, flips, strict=True)]
     longest, true = max(len(d.items) for d in draws), None
     present = torch.tensor([[n < len(d.items) for n in range(longest)] for d in draws])
-    if v_gt == "name":
-        true = torch.tensor([own_word(d.classes, vocabulary.words) for d in draws])
+    if v_gt == "name":  # −1: no such word, or a group that shares several classes
+        single = [d.classes[0] if len(d.classes) == 1 else "" for d in draws]
+        words = [target_word(name, vocabulary.words) for name in single]
+        true = torch.tensor([-1 if word is None else word for word in words])
     elif v_gt == "tower":
         masked = _padded(features.masked(data, pairs, background), present)
         true = true_class(masked, vocabulary.embeddings, present)
@@ -296,19 +292,9 @@ def batch(
     )  # fmt: skip
 
 
-def own_word(classes: Sequence[str], words: Sequence[str]) -> int:
-    """The index of a group's one class in the words; −1: no such word, or several classes."""
-    word = target_word(classes[0], words) if len(classes) == 1 else None
-    return -1 if word is None else word
-
-
 def _padded(flat: Tensor, present: Tensor, value: float = 0) -> Tensor:
     """[M, …] → [B, N, …]."""
     if present.all():
         return flat.unflatten(0, present.shape)
     out = flat.new_full((*present.shape, *flat.shape[1:]), value)
     return out.index_put(present.nonzero(as_tuple=True), flat)
-
-
-def _to_images(squares: Sequence[np.ndarray]) -> Tensor:
-    return torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).float().div_(255)
