@@ -1,19 +1,21 @@
-"""LCCo: lending CLIP to co-segmentation. `import lcco` loads nothing heavy; names below load on first use."""
+"""LCCo: lending CLIP to co-segmentation. `import lcco` loads nothing heavy."""
 
 from typing import Any
 
 __version__ = "0.1.0"
 
-_HOME = {  # public name -> the room it lives in
+_HOME = {  # public name → the room that it lives in, loaded at its first use
     "LCCo": "model",
     "LCCoError": "common",
+    "Missing": "common",
     "Experiment": "config",
     "load_profile": "config",
     "load_data": "data",
     "make_tower": "semantics",
-    "get_run": "runs",
-    "cosegment": "predict",
-    "cosegment_folder": "predict",
+    "get_run": "experiment.runs",
+    "open_run": "experiment.runs",
+    "cosegment": "cosegment",
+    "cosegment_folder": "cosegment",
 }
 __all__ = ["__version__", *_HOME]
 
