@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lcco import __version__
 from lcco.backbones import model_file, read_about
 from lcco.common import LCCoError, Missing, digest, duration, file_digest, place
 from lcco.config import TRAINING_VERSION, Experiment, Profile
@@ -43,7 +44,7 @@ from lcco.store import kept, lock, read_json, write_json
 if TYPE_CHECKING:
     import pandas as pd
 
-PACKAGES = ("lcco", "torch", "torchvision", "open_clip_torch", "timm", "accelerate", "numpy")
+PACKAGES = ("torch", "torchvision", "open_clip_torch", "timm", "accelerate", "numpy")
 
 
 # ---------------------------------------------------------------------------------- provenance
@@ -56,26 +57,21 @@ def environment(root: Path | None = None) -> dict[str, Any]:
     from importlib import metadata
 
     def git(*words: str) -> str | None:
-        how = {"capture_output": True, "text": True, "timeout": 10, "check": True}
+        how = {"cwd": root or Path(__file__).parents[2], "capture_output": True, "text": True}
         try:
-            done = subprocess.run(["git", *words], cwd=root or Path(__file__).parents[2], **how)
+            return subprocess.run(["git", *words], timeout=10, check=True, **how).stdout.strip()
         except (OSError, subprocess.SubprocessError):
             return None
-        return done.stdout.strip()
 
     ours = git("ls-files", "lcco/common.py")  # an installed package may lie in another repository
     edits = git("status", "--porcelain", "--", "lcco") if ours else None
-    versions = {}
-    for name in PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
     return {
         "commit": git("rev-parse", "HEAD") if ours else None,
         "dirty": None if edits is None else bool(edits),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "platform": f"{platform.system()} {platform.machine()}", "cores": os.cpu_count(),
         "threads": torch.get_num_threads(), "python": platform.python_version(),
-        "versions": versions,
+        "versions": {name: metadata.version(name) for name in PACKAGES} | {"lcco": __version__},
     }  # fmt: skip
 
 
@@ -152,11 +148,11 @@ class Run:
             return None
         for kind, now in zip(("data", "holdout"), map(_described, sets), strict=True):
             then = self.record.get(kind) or now
-            for part, what in (("digest", "pictures"), ("masks", "masks")):
-                if now and then[part] != now[part]:
-                    said = f"{what} of {now['name']} were edited since it was trained"
-                    mend = "put them back, or train anew: remove the run, or name the new one apart"
-                    raise LCCoError(f"{self.path}: {said}; {mend}")
+            if now and then != now:
+                what = "masks" if then["digest"] == now["digest"] else "pictures"
+                said = f"{what} of {now['name']} were edited since it was trained"
+                mend = "put them back, or train anew: remove the run, or name the new one apart"
+                raise LCCoError(f"{self.path}: {said}; {mend}")
         return sets
 
     def overlap(self, test: CoSegData) -> int:
@@ -374,12 +370,10 @@ def estimate(experiment: Experiment, steps: int = 3) -> dict[str, Any]:
     if experiment.train.start:
         start_from(trainer.model, experiment, trainer.vocabulary)
     features, data, shape = trainer.features, trainer.data, (d.groups, d.group_size)
-    began, some = time.monotonic(), range(min(4, len(data)))
-    features.tower.encode_images(data.image(i) for i in some)
-    embedding = (time.monotonic() - began) / len(some)  # seconds a picture
     images, began = torch.rand(d.groups * d.group_size, 3, d.size, d.size), time.monotonic()
     maps = [x.unflatten(0, shape) for x in features.frozen_maps(images)] or None
-    embedding += (time.monotonic() - began) / len(images) * (1 + d.flip)
+    features.tower.encode_images(data.image(0) for _ in images)
+    embedding = (time.monotonic() - began) / len(images) * len(data) * (1 + d.flip)
     batch = Batch(
         None if maps else images.unflatten(0, shape), maps,
         torch.randn(*shape, features.tower.width), (images[:, 0] > 0.7).byte().unflatten(0, shape),
@@ -390,19 +384,18 @@ def estimate(experiment: Experiment, steps: int = 3) -> dict[str, Any]:
         began = time.monotonic()
         for _ in range(steps):
             trainer.step(batch)
-        seconds = (time.monotonic() - began) / steps * experiment.train.steps
-    stored = sum(x[0, 0].numel() for x in maps or ()) * 2 * len(data) * (1 + d.flip)
-    alike = _alike(experiment)
+        training = (time.monotonic() - began) / steps * experiment.train.steps
+    stored, alike = sum(c * s * s for c, s in features.shapes), _alike(experiment)
     return {
         "run": experiment.run_name, "trained before": find_run(experiment) is not None,
         "images": len(data), "classes": len(data.groups), "words": len(trainer.vocabulary.words),
         "trained parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "backbone": f"{m.backbone} ({m.frozen_stages} of 4 stages frozen)",
         "steps": experiment.train.steps, "images a step": len(images),
-        "cache MB": round(stored / 2**20),
+        "cache MB": round(stored * 2 * len(data) * (1 + d.flip) / 2**20),
         "memory MB": alike.get("peak_memory_mb", peak_memory_mb()),
-        "embedding seconds": round(embedding * len(data), 1), "training seconds": round(seconds, 2),
-        "estimate": duration(alike.get("seconds", embedding * len(data) + seconds)),
+        "embedding seconds": round(embedding, 1), "training seconds": round(training, 2),
+        "estimate": duration(alike.get("seconds", embedding + training)),
         "estimated from": "a finished run like it" if alike else f"{steps} steps on this machine",
     }  # fmt: skip
 
