@@ -1,53 +1,57 @@
-"""Pictures of results: masks in a grid, curves, bars. PNG and PDF, colour-blind safe, readable at column width.
+"""Pictures of results: masks over pictures, maps, curves and dots, as PNG and PDF.
 
-A figure keeps its caption inside the PNG (`caption`), so a report needs no list of figures.
+Safe for the colour-blind, readable at a page's width. The helpers lay out their own labels: legends
+stand above the axes, long names at the left, one panel a test; `layout_problems` checks a figure.
 """
 
 from __future__ import annotations
 
+import textwrap
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lcco.common import atomic_path
+from lcco.experiment.tables import label, paired
+from lcco.store import atomic_path
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from lcco.config import Profile
-    from lcco.data import CoSegData
-    from lcco.tables import Results
-
 COLUMN, PAGE = 3.35, 6.9  # inches: one column, and the text width of a two-column page
-PHOTOS = "photos"  # figures that show photographs go here; git ignores it, because the pictures are third parties'
-ORANGE = (0.835, 0.369, 0.0)  # Okabe and Ito's vermilion: the object in every overlay
+PHOTOS = "photos"  # where figures of third parties' photographs go, which git ignores
+ORANGE = (0.835, 0.369, 0.0)  # Okabe and Ito's vermilion
+STYLES = [(marker, line) for line in ("-", "--", ":") for marker in "osD^vP"]
 
 
 def new_figure(width: float = COLUMN, height: float = 2.4, **grid: Any) -> tuple[Figure, Any]:
-    """A figure outside pyplot (so none stays open) with seaborn's colour-blind palette, and its axes."""
+    """A figure outside pyplot, so that none stays open, and its axes (`Figure.subplots`)."""
     import seaborn as sns
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    sns.set_theme("paper", "ticks", "colorblind", font_scale=0.9)
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(**grid)
+    context = sns.plotting_context("paper", font_scale=0.85)
+    with sns.axes_style("ticks"), context, sns.color_palette("colorblind"):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        FigureCanvasAgg(figure)
+        return figure, figure.subplots(**grid)
 
 
 def save(figure: Figure, folder: Path, name: str, caption: str = "", photos: bool = False) -> Path:
-    """Write `<name>.png` and `.pdf`; `photos` says that it shows photographs, which then stay out of the repository.
+    """Write `<name>.png`, which carries the caption, and `.pdf`; give the PNG.
 
-    Returns: the PNG, which carries the caption.
+    photos: it shows photographs of third parties, which stay out of the repository.
     """
     folder = Path(folder) / PHOTOS if photos else Path(folder)
-    for suffix, meta in (("pdf", {"CreationDate": None}), ("png", {"Software": None, "Description": caption})):
+    png = {"Software": None, "Description": caption}
+    for suffix, about in (("pdf", {"CreationDate": None}), ("png", png)):
         with atomic_path(folder / f"{name}.{suffix}") as part:
-            figure.savefig(part, format=suffix, dpi=200, metadata=meta)
+            figure.savefig(part, format=suffix, dpi=200, metadata=about)
     return folder / f"{name}.png"
 
 
@@ -59,368 +63,272 @@ def caption(png: Path) -> str:
         return str(image.info.get("Description", ""))
 
 
-def overlay(image: np.ndarray, mask: np.ndarray, colour: Sequence[float] = ORANGE) -> np.ndarray:
-    """The picture [H, W, 3] (0..1) greyed, the object tinted and outlined: legible in print and without colour vision.
+def show(figure: Figure, folder: Path, name: str, text: str, photos: bool = False) -> None:
+    """Save a figure and show it in a notebook, with its caption under it."""
+    from IPython.display import Image, Markdown, display
 
-    mask: [H, W], object where > 0.5; brought to the picture's size.
+    png = save(figure, folder, name, text, photos)
+    display(Image(filename=str(png), width=round(110 * figure.get_figwidth())), Markdown(text))
+
+
+# --------------------------------------------------------------------------------------- pictures
+def overlay(image: np.ndarray, mask: np.ndarray, colour: Sequence[float] = ORANGE) -> np.ndarray:
+    """The picture [H, W, 3] (0..1) greyed, the object tinted, with a white and a black outline.
+
+    mask: [h, w], object where > 0.5. It is seen on any object, in print, without colour vision.
     """
     from PIL import Image, ImageFilter
 
-    height, width = image.shape[:2]
-    scaled = Image.fromarray(np.asarray(mask, np.float32)).resize((width, height), Image.Resampling.BILINEAR)
-    on = np.asarray(scaled) > 0.5
-    grey = np.repeat(image.mean(-1, keepdims=True), 3, -1)
-    out = np.where(on[..., None], 0.5 * grey + 0.6 * np.asarray(colour), 0.35 + 0.4 * grey).clip(0, 1)
-    inner = Image.fromarray(on.astype(np.uint8) * 255).filter(ImageFilter.MinFilter(2 * round(max(on.shape) / 180) + 3))
-    out[on & (np.asarray(inner) == 0)] = 0.15
+    size = image.shape[1::-1]
+    scaled = Image.fromarray(np.asarray(mask, np.float32)).resize(size, Image.Resampling.BILINEAR)
+    on = Image.fromarray((np.asarray(scaled) > 0.5).astype(np.uint8))
+    wide = 2 * round(max(size) / 180) + 3
+    inner, outer = on.filter(ImageFilter.MinFilter(wide)), on.filter(ImageFilter.MaxFilter(wide))
+    on, inner, outer = (np.asarray(m) == 1 for m in (on, inner, outer))
+    grey = image.mean(-1, keepdims=True)
+    tinted = 0.5 * grey + 0.55 * np.asarray(colour)
+    out = np.where(on[..., None], tinted, 0.3 + 0.4 * grey).clip(0, 1)
+    out[on & ~inner], out[outer & ~on] = 1.0, 0.0
     return out
 
 
-@dataclass
-class Panel:
-    """One image set of a qualitative figure: pictures [H, W, 3] in 0..1, and a row of masks for each name."""
-
-    title: str
-    images: Sequence[np.ndarray]
-    masks: Mapping[str, Sequence[np.ndarray]]
-
-
-def qualitative(panels: Sequence[Panel], across: int = 2) -> Figure:
-    """Fig. 4's grid: for each set its inputs, then a row of masks a name (truth, then models), `across` sets abreast.
-
-    Pictures are squashed to squares, as the networks see them.
-    """
+def _square(image: np.ndarray, side: int = 160) -> np.ndarray:
+    """A picture or map squashed to a square, as the networks see it."""
     from PIL import Image
 
-    across = min(across, len(panels))
-    names = ["input", *panels[0].masks]
-    width = max(len(p.images) for p in panels)
-    down = -(-len(panels) // across)
-    cell = PAGE / (across * (width + 0.25) + 0.5)
-    figure, _ = new_figure(PAGE, down * (len(names) * cell + 0.25), nrows=1, ncols=1)
-    figure.clear()
-    figure.set_layout_engine("none")
-    side, head = 0.5 * cell / PAGE, 0.25  # room for the names; inches above each row of sets
-    full = down * (len(names) * cell + head)
-    for n, panel in enumerate(panels):
-        left = side + (n % across) * (width + 0.25) * cell / PAGE
-        top = 1 - (n // across) * (len(names) * cell + head) / full
-        middle = left + len(panel.images) * cell / PAGE / 2
-        figure.text(middle, top - 0.6 * head / full, panel.title, ha="center", va="center", fontsize=8)
-        for r, name in enumerate(names):
-            y = top - (head + (r + 1) * cell) / full
-            if n % across == 0:
-                figure.text(side * 0.8, y + cell / full / 2, name, rotation=90, ha="right", va="center", fontsize=7)
-            for c, image in enumerate(panel.images):
-                axes = figure.add_axes((left + c * cell / PAGE, y, 0.96 * cell / PAGE, 0.96 * cell / full))
-                shown = image if r == 0 else overlay(image, panel.masks[name][c])
-                shown = Image.fromarray((np.clip(shown, 0, 1) * 255).astype(np.uint8)).resize((160, 160))
-                axes.imshow(shown)
-                axes.set_axis_off()
-    return figure
+    whole = Image.fromarray((np.clip(image, 0, 1) * 255).astype(np.uint8))
+    return np.asarray(whole.resize((side, side), Image.Resampling.BILINEAR)) / 255
 
 
-def curve(rows: Any, x: str, y: str = "J", by: str = "row", xlabel: str = "", width: float = COLUMN) -> Figure:
-    """Mean and ± one standard deviation over seeds of `y` (per cent) along `x`, a line and marker for each `by`."""
-    import pandas as pd
-    import seaborn as sns
+def masks_grid(rows: Mapping, title: str = "", across: int = 2, width: float = PAGE) -> Figure:
+    """Fig. 4's grid: a line of pictures, then lines of masks drawn over them.
 
-    figure, axes = new_figure(width)
-    frame = pd.DataFrame(rows).dropna(subset=[y])
-    style = {"errorbar": "sd", "style": by, "markers": True, "dashes": True}
-    sns.lineplot(frame, x=x, y=y, hue=by, ax=axes, **style)
-    axes.set(xlabel=xlabel or x, ylabel=f"{y} (%)")
-    axes.set_xticks(sorted(frame[x].unique()))
-    _tidy(axes)
-    return figure
-
-
-def bars(rows: Any, x: str, y: str = "J", by: str | None = None, ylabel: str = "", width: float = COLUMN) -> Figure:
-    """Bars of mean `y` with ± one standard deviation over seeds, grouped by `x`, side by side for each `by`."""
-    import pandas as pd
-    import seaborn as sns
-
-    figure, axes = new_figure(width)
-    frame = pd.DataFrame(rows).dropna(subset=[y])
-    sns.barplot(frame, x=x, y=y, hue=by, ax=axes, errorbar="sd", edgecolor="0.2", linewidth=0.6, capsize=0.2)
-    for container, hatch in zip(axes.containers, ("", "//", "..", "xx", "\\\\") * 9, strict=False):
-        for bar in getattr(container, "patches", []):
-            bar.set_hatch(hatch)
-    axes.set(xlabel="", ylabel=ylabel or f"{y} (%)")
-    _tidy(axes)
-    return figure
-
-
-def _tidy(axes: Axes) -> None:
-    import seaborn as sns
-
-    sns.despine(ax=axes)
-    axes.grid(axis="y", linewidth=0.4, alpha=0.6)
-    if axes.get_legend():
-        axes.legend(title=None, frameon=False, fontsize=7, loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
-
-
-def is_drawn(data: CoSegData) -> bool:
-    """Whether a set's pictures are this project's own drawings; all others are photographs of third parties."""
-    return data.layout == "glyphworld"
-
-
-def main_figure(
-    profile: Profile, results: Results, folder: Path, protocol: str = "ufo", images: int = 5
-) -> Path | None:
-    """Fig. 4 from Table 1's first seed: inputs, truth, Baseline, LCCo; None if no model could be run.
-
-    Not picked by eye: of each test set the class with LCCo's median J (of a single test set the classes at the
-    12th, 38th, 62nd and 88th percentile), and its first images by name. Masks at threshold 0.5.
+    rows: name → pictures [H, W, 3] in 0..1 (the first line), then name → masks [h, w]; or title →
+    such rows, for several sets, `across` of them abreast.
     """
-    text = "Fig. 4. Inputs, truth, Baseline and LCCo (first seed)."
-    return masks_figure(profile, results, folder, "fig4", ("Baseline", "LCCo"), text, protocol, images)
+    sets = rows if isinstance(next(iter(rows.values())), Mapping) else {title: rows}
+    drawn: dict[str, dict[str, list[np.ndarray]]] = {}
+    for name, lines in sets.items():
+        pictures = next(iter(lines.values()))
+        drawn[name] = {
+            line: [x if x.ndim == 3 else overlay(p, x) for p, x in zip(pictures, own, strict=True)]
+            for line, own in lines.items()
+        }
+    return _lines(drawn, across, width)
 
 
-def masks_figure(
-    profile: Profile, results: Results, folder: Path, name: str, models: Sequence[str] | Mapping[str, str], text: str,
-    protocol: str = "ufo", images: int = 5, sets: Sequence[ChosenSet] | None = None,
-) -> Path | None:  # fmt: skip
-    """Inputs, truth and the masks of some rows of a table, first seed; None if no model could be run.
+def maps_grid(pictures: Sequence[np.ndarray], maps: Mapping[str, Sequence[np.ndarray]], what: str,
+              title: str = "", width: float = PAGE) -> Figure:  # fmt: skip
+    """Pictures over lines of maps [h, w] ≥ 0, all on one colour scale whose bar says `what`."""
+    top = max(float(m.max()) for own in maps.values() for m in own)
+    coloured = {name: [_coloured(m, top) for m in own] for name, own in maps.items()}
+    return _lines({title: {"input": pictures, **coloured}}, 1, width, what, top)
 
-    models: rows of the table in order, `LCCo` among them; a mapping gives them other names. sets: those to show, as
-    `text` says; None: see `chosen_sets`.
+
+def attention_overlay(query: np.ndarray, at: tuple[float, float], others: Sequence[np.ndarray],
+                      weights: Sequence[np.ndarray], what: str = "share of the attention",
+                      width: float = PAGE) -> Figure:  # fmt: skip
+    """Where one place of a picture looks in the others: a cross there, attention [h, w] over them.
+
+    at: (x, y) as shares of the query's width and height.
     """
-    runs = first_runs(results)
-    names = models if isinstance(models, Mapping) else {m: m for m in models}
-    if sets is None:
-        sets, text = chosen_sets(profile, results, protocol, images), f"{text} {SETS_BY_RULE}"
-    if not sets:
-        return None
-    kept = {row: label for row, label in names.items() if row in runs and runs[row].weights.is_file()}
-    if gone := [label for row, label in names.items() if row in runs and row not in kept]:
-        text += f" Not drawn, because their weights were not kept: {', '.join(gone)}."
-    predictors = {label: runs[row].predictor() for row, label in kept.items()}
-    panels = []
-    for one in sets:
-        pictures = [np.asarray(one.data.image(i)) / 255 for i in one.items]
-        truth = [(one.data.mask(i, [one.cls]) == 1).astype(np.float32) for i in one.items]
-        masks = {label: list(model(one.data, one.items, one.cls)) for label, model in predictors.items()}
-        panels.append(Panel(one.title, pictures, {"truth": truth, **masks}))
-    drawn = all(is_drawn(one.data) for one in sets)
-    return save(qualitative(panels), folder, name, text, photos=not drawn)
+    top = max(float(w.max()) for w in weights)
+    grey = [_square(o).mean(-1, keepdims=True) for o in others]
+    over = [0.6 * _coloured(w, top) + 0.4 * g for w, g in zip(weights, grey, strict=True)]
+    figure = _lines({"": {"": [query, *over]}}, 1, width, what, top)
+    for colour, size in (("white", 4), (ORANGE, 2)):
+        place = at[0] * 160, at[1] * 160
+        figure.axes[0].plot(*place, "+", color=colour, markersize=13, markeredgewidth=size)
+    return figure
 
 
-# ------------------------------------------------------------------------------------------------- sets chosen by rule
-SETS_BY_RULE = (
-    "Sets chosen by rule: of each test set the class with LCCo's median J, of a single test set the classes at four "
-    "percentiles (J is the class mean over all its images); the first images by name."
-)
+def _coloured(values: np.ndarray, top: float) -> np.ndarray:
+    from matplotlib import colormaps
+
+    return colormaps["viridis"](_square(np.asarray(values) / top))[..., :3]
 
 
-@dataclass
-class ChosenSet:
-    """One image set of a figure: items of one class of a test set."""
+def _lines(sets: Mapping[str, Mapping[str, Sequence[np.ndarray]]], across: int, width: float,
+           what: str = "", top: float = 1) -> Figure:  # fmt: skip
+    """Named lines of pictures, set by set; what: the label of a colour bar from 0 to `top`."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
 
-    title: str
-    data: CoSegData
-    cls: str
-    items: list[int]
+    across, down = min(across, len(sets)), -(-len(sets) // min(across, len(sets)))
+    n = max(len(images) for own in sets.values() for images in own.values())
+    lines, wide = max(map(len, sets.values())), across * (n + 0.4) + bool(what)
+    cell = min(1.2, width / wide)
+    figure, whole = new_figure(cell * wide, down * (lines * cell + 0.25))
+    whole.remove()
+    figure.get_layout_engine().set(w_pad=0.015, h_pad=0.015, wspace=0.02, hspace=0.02)
+    parts = figure.subfigures(down, across, squeeze=False).ravel()
+    for part, (title, own) in zip(parts, sets.items(), strict=False):
+        part.suptitle(textwrap.shorten(title, int(n * cell / 0.065)), fontsize=8)
+        grid = part.subplots(lines, n, squeeze=False)
+        for one in grid.flat:
+            one.set(xticks=[], yticks=[])
+            one.set_frame_on(False)
+        for axes, (name, images) in zip(grid, own.items(), strict=False):
+            axes[0].set_ylabel(textwrap.fill(name, max(6, int(cell / 0.065))), fontsize=7)
+            for one, image in zip(axes, images, strict=False):
+                one.imshow(_square(image))
+        if what:
+            scale = ScalarMappable(Normalize(0, top), "viridis")
+            bar = part.colorbar(scale, ax=grid.ravel().tolist(), aspect=30, pad=0.01)
+            bar.set_label(what, size=7)
+            bar.ax.tick_params(labelsize=6)
+    return figure
 
 
-def first_runs(results: Results) -> dict[str, Any]:
-    """Each row's run with the first seed."""
-    runs: dict[str, Any] = {}
-    for (row, _), run in results.runs.items():
-        runs.setdefault(row, run)
-    return runs
+def heatmap(S: np.ndarray, words: Sequence[str], k: int = 0, top: int = 15,
+            what: str = "cosine similarity") -> Figure:  # fmt: skip
+    """S [N, P] of a set: the words with the largest column sums, the distilled K above a line."""
+    best = np.argsort(-S.sum(0))[:top]
+    figure, axes = new_figure(4.6, 0.5 + 0.21 * len(best))
+    drawn = axes.imshow(S[:, best].T, aspect="auto", cmap="viridis")
+    names = [textwrap.shorten(words[i], 24, placeholder="…") for i in best]
+    axes.set_yticks(range(len(best)), names, fontsize=7)
+    axes.set_xticks(range(len(S)), range(1, len(S) + 1))
+    axes.set_xlabel("picture of the set")
+    axes.axhline(k - 0.5, color="white", linewidth=1.5)
+    figure.colorbar(drawn, ax=axes, aspect=30).set_label(what, size=7)
+    return figure
 
 
-def chosen_sets(profile: Profile, results: Results, protocol: str = "ufo", images: int = 5) -> list[ChosenSet]:
-    """Not picked by eye: the sets that `SETS_BY_RULE` says, of the test sets on which the run `LCCo` was scored."""
-    from lcco.data import load_data
-
-    run = first_runs(results).get("LCCo")
-    own = [r for r in results.rows if run and r["run"] == run.path.name and r["protocol"] != "choice"]
-    tests = list(dict.fromkeys(r["test_set"] for r in own))
+# ------------------------------------------------------------------------------ curves and dots
+def _panels(rows: pd.DataFrame, height: float, width: float) -> tuple[Figure, list]:
+    """A figure with a panel a test set and protocol; and [(axes, their rows)]."""
+    names = list(dict.fromkeys(zip(rows["test_set"], rows["protocol"], strict=True)))
+    across = 2 if len(names) in (2, 4) else min(3, len(names))
+    down = -(-len(names) // across)
+    figure, axes = new_figure(width, 0.3 + down * height, nrows=down, ncols=across, squeeze=False)
     out = []
-    for test in tests:
-        data, scores = load_data(test), {}
-        for line in run.evaluate(test, protocol, profile.group_size)[protocol].rows:
-            scores.setdefault(line["class"], []).append(line["J"])
-        order = sorted(scores, key=lambda c: float(np.mean(scores[c])))
-        shares = (0.5,) if len(tests) > 1 else (0.125, 0.375, 0.625, 0.875)
-        for cls in dict.fromkeys(order[int(share * len(order))] for share in shares):
-            title = f"{cls} (J {100 * np.mean(scores[cls]):.0f}), {test}"
-            out.append(ChosenSet(title, data, cls, list(data.groups[cls][:images])))
+    for one, (test, protocol) in zip(axes.flat, names, strict=False):
+        title = textwrap.fill(f"{label(test)}, {protocol}", int(8 * width / across))
+        one.set_title(title, fontsize=8)
+        out.append((one, rows[(rows["test_set"] == test) & (rows["protocol"] == protocol)]))
+    for one in axes.flat[len(names) :]:
+        one.remove()
+    return figure, out
+
+
+def _finish(figure: Figure, *panels: Axes) -> Figure:
+    """Light grids, no frames, and one legend above the axes with every entry once."""
+    entries: dict[str, Any] = {}
+    for axes in panels:
+        axes.grid(linewidth=0.4, alpha=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        handles, texts = axes.get_legend_handles_labels()
+        entries |= dict(zip(texts, handles, strict=True))
+    if len(entries) > 1:
+        fit = int(figure.get_figwidth() / (0.065 * max(map(len, entries)) + 0.5))
+        how = {"loc": "outside upper center", "frameon": False, "fontsize": 7}
+        figure.legend(entries.values(), entries.keys(), ncols=max(1, min(4, fit)), **how)
+    return figure
+
+
+def dots(rows: pd.DataFrame, reference: str = "Baseline", metric: str = "J") -> Figure:
+    """Change against a reference row, seed by seed: sorted, mean ± sd, the paper's beside it."""
+    change = paired(rows, reference, metric)
+    order = list(change.groupby("row")["mean"].mean().sort_values().index)
+    figure, panels = _panels(change, 0.75 + 0.27 * len(order), PAGE)
+    left = min(axes.get_subplotspec().colspan.start for axes, _ in panels)
+    for axes, own in panels:
+        own, y = own.set_index("row").reindex(order), range(len(order))
+        axes.axvline(0, color="0.4", linewidth=0.8)
+        how = {"fmt": "o", "markersize": 4, "elinewidth": 1, "label": "here"}
+        axes.errorbar(own["mean"], y, xerr=own["sd"].fillna(0), **how)
+        if own["paper"].notna().any():
+            axes.plot(own["paper"], y, "D", color="0.45", mfc="none", markersize=4, label="paper")
+        names = order if axes.get_subplotspec().colspan.start == left else [""] * len(order)
+        axes.set_yticks(y, names, fontsize=7)
+        axes.set(ylim=(-0.6, len(order) - 0.4), xlabel=f"{metric} − {metric} of {reference}")
+        axes.locator_params(axis="x", nbins=5)
+    return _finish(figure, *(axes for axes, _ in panels))
+
+
+def curve(rows: pd.DataFrame, x: str, metric: str = "J", by: str = "row", xlabel: str = "",
+          least: float = 5) -> Figure:  # fmt: skip
+    """Mean ± sd over seeds of a metric (per cent) along `x`, a line for each `by`.
+
+    Lines that lie on each other stay visible: the first are the widest. least: the smallest range
+    of the y axis, so that no small change looks large.
+    """
+    tests = len(rows[["test_set", "protocol"]].drop_duplicates())
+    figure, panels = _panels(rows, 2.2, COLUMN if tests == 1 else PAGE)
+    for axes, own in panels:
+        lines = list(own.groupby(by, sort=False))
+        for n, (name, part) in enumerate(lines):
+            found = part.dropna(subset=[metric]).groupby(x)[metric].agg(["mean", "std"])
+            marker, line = STYLES[n % len(STYLES)]
+            how = {"marker": marker, "linestyle": line, "zorder": 2 + n / 100}
+            how |= {"markersize": 4 + 2 * (len(lines) - n - 1), "linewidth": len(lines) - n}
+            how["label"] = str(name) if len(found) else f"{name} (not measured)"
+            axes.errorbar(found.index, found["mean"], yerr=found["std"].fillna(0), **how)
+        low, high = axes.get_ylim()
+        middle, half = (low + high) / 2, max(high - low, least) / 2
+        axes.set(ylim=(middle - half, middle + half), xlabel=xlabel or label(x))
+        ticks = sorted(own[x].dropna().unique())
+        axes.set_xticks(ticks[:: -(-len(ticks) // 7)])
+        axes.set_ylabel(f"{label(metric)}, %")
+    return _finish(figure, *(axes for axes, _ in panels))
+
+
+def cost_bars(rows: pd.DataFrame, value: str = "seconds", by: str = "network",
+              xlabel: str = "") -> Figure:  # fmt: skip
+    """A dot for each row on a logarithmic axis, a marker for each `by`."""
+    order = list(dict.fromkeys(rows["row"]))[::-1]
+    figure, axes = new_figure(PAGE, 0.9 + 0.22 * len(order))
+    for n, (kind, own) in enumerate(rows[rows[value] > 0].groupby(by, sort=False)):
+        y = [order.index(name) for name in own["row"]]
+        axes.plot(own[value], y, STYLES[n][0], markersize=5, label=label(kind))
+    axes.set(xscale="log", xlabel=xlabel or label(value), ylim=(-0.6, len(order) - 0.4))
+    axes.set_yticks(range(len(order)), order, fontsize=7)
+    return _finish(figure, axes)
+
+
+def learning_curves(runs: Mapping[str, Any]) -> Figure:
+    """Loss, and J on the held-out pictures, over the steps of each run (`Run.log`)."""
+    figure, (loss, held) = new_figure(PAGE, 2.4, nrows=1, ncols=2)
+    for n, (name, run) in enumerate(runs.items()):
+        log, (marker, line) = run.log(), STYLES[n % len(STYLES)]
+        loss.plot(log["step"], log["loss"], line, label=name, linewidth=1)
+        if "holdout_J" in log:
+            known = log.dropna(subset=["holdout_J"])
+            held.plot(known["step"], 100 * known["holdout_J"], line, marker=marker, label=name)
+    loss.set(xlabel="step", ylabel="loss")
+    held.set(xlabel="step", ylabel="J on held-out pictures, %")
+    for axes in (loss, held):
+        axes.locator_params(axis="x", nbins=5)
+    return _finish(figure, loss, held)
+
+
+# ------------------------------------------------------------------------------------------ checks
+def layout_problems(figure: Figure) -> list[str]:
+    """What a reader would stumble over: texts cut or overlapping, small axes, a warning."""
+    from matplotlib.text import Text
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        figure.canvas.draw()
+    out, unseen = [f"warning: {w.message}" for w in caught], set()
+    for axis in [axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]:
+        low, high = sorted(axis.get_view_interval())
+        for tick in [*axis.get_major_ticks(), *axis.get_minor_ticks()]:
+            unseen |= set() if low <= tick.get_loc() <= high else {tick.label1, tick.label2}
+    texts = [t for t in figure.findobj(Text) if t not in unseen and t.get_visible()]
+    boxes = [(t.get_text(), t.get_window_extent()) for t in texts if t.get_text().strip()]
+    page = figure.bbox
+    for text, box in boxes:
+        if min(box.x0, box.y0) < -1 or box.x1 > page.x1 + 1 or box.y1 > page.y1 + 1:
+            out.append(f"`{text}` leaves the canvas")
+    for (a, one), (b, two) in combinations(boxes, 2):
+        wide = min(one.x1, two.x1) - max(one.x0, two.x0)
+        if wide > 1 and min(one.y1, two.y1) - max(one.y0, two.y0) > 1:
+            out.append(f"`{a}` and `{b}` overlap")
+    places = [axes.get_window_extent() for axes in figure.axes]
+    wide = max(p.x1 for p in places) - min(p.x0 for p in places)
+    tall = max(p.y1 for p in places) - min(p.y0 for p in places)
+    if (share := wide * tall / (page.width * page.height)) < 0.5:
+        out.append(f"axes fill {share:.0%} of the canvas")
     return out
-
-
-def extreme_sets(profile: Profile, results: Results, protocol: str = "ufo", images: int = 5) -> list[ChosenSet]:
-    """LCCo's two best sets on the last test set on which it was scored, of different classes, and its two worst."""
-    from lcco.data import load_data
-    from lcco.metrics import get_protocol
-
-    run = first_runs(results).get("LCCo")
-    own = [r for r in results.rows if run and r["run"] == run.path.name and r["protocol"] == protocol]
-    if not own:
-        return []
-    test, size = own[-1]["test_set"], own[-1]["group_size"]
-    data, by_class = load_data(test), {}
-    scored = {(r["class"], r["key"]): r["J"] for r in run.evaluate(test, protocol, size)[protocol].rows}
-    for cls, items in data.groups.items():
-        ordered = sorted(items, key=data.keys.__getitem__)
-        for members, new in get_protocol(protocol).groups(ordered, size, 0, cls):
-            J = [scored[cls, data.keys[i]] for i in members[:new] if scored[cls, data.keys[i]] is not None]
-            by_class.setdefault(cls, []).extend([(float(np.mean(J)), cls, members)] * bool(J))
-    best = sorted((max(sets) for sets in by_class.values() if sets), reverse=True)[:2]
-    worst = sorted(min(sets) for sets in by_class.values() if sets)[:2]
-    chosen = [*best, *(one for one in worst if one not in best)]
-    return [ChosenSet(f"{cls} (J {100 * J:.0f}), {test}", data, cls, list(m[:images])) for J, cls, m in chosen]
-
-
-def extremes_figure(profile: Profile, results: Results, folder: Path, protocol: str = "ufo") -> Path | None:
-    """The best and the worst sets in Fig. 4's form (`extreme_sets`); None if no model could be run."""
-    text = (
-        "Inputs, truth, Baseline and LCCo (first seed) on LCCo's two best sets and its two worst, each two of "
-        "different classes; J is the mean over the set's images, masks are drawn at threshold 0.5."
-    )
-    sets = extreme_sets(profile, results, protocol)
-    return masks_figure(profile, results, folder, "best_worst", ("Baseline", "LCCo"), text, protocol, sets=sets)
-
-
-def feature_figure(profile: Profile, results: Results, folder: Path, images: int = 5) -> Path | None:
-    """Fig. 3, top: for each chosen set its pictures and F³ before and after CLIP regularization; None without a run.
-
-    A map is shown as Fig. 3's bars see it: softmax over the positions, mean over the channels, times their number (1 =
-    no preference); one colour scale for both maps of a set.
-    """
-    import torch
-    from PIL import Image
-
-    run = first_runs(results).get("LCCo")
-    sets = chosen_sets(profile, results, profile.protocols[0], images)[:2] if run else []
-    if not sets:
-        return None
-    predictor, names = run.predictor(), ("input", "before", "after")
-    width = max(len(one.items) for one in sets)
-    cell = PAGE / (2 * width + 1.4)
-    figure, axes = new_figure(PAGE, 3 * cell + 0.45, nrows=3, ncols=len(sets) * width, squeeze=False)
-    for one_axes in axes.flat:
-        one_axes.set(xticks=[], yticks=[])
-        one_axes.set_frame_on(False)
-    for n, one in enumerate(sets):
-        with torch.no_grad():
-            kept = predictor.output(one.data, one.items, return_maps=True).maps["clip_regularization"]
-        shares = [m[0].float().cpu().flatten(2).softmax(-1).mean(1) * m[0, 0, 0].numel() for m in kept]
-        side = kept[0].shape[-2:]
-        top = max(float(s.quantile(0.995)) for s in shares)
-        for c, i in enumerate(one.items):
-            column = axes[:, n * width + c]
-            column[0].imshow(one.data.image(i).resize((160, 160), Image.Resampling.BILINEAR))
-            for r, s in enumerate(shares, 1):
-                shown = column[r].imshow(s[c].view(side).numpy(), cmap="viridis", vmin=0, vmax=top)
-        axes[0, n * width + len(one.items) // 2].set_title(one.title, fontsize=7)
-        right = axes[1:, n * width : (n + 1) * width].ravel().tolist()
-        bar = figure.colorbar(shown, ax=right, fraction=0.03, pad=0.01, aspect=30)
-        bar.ax.tick_params(labelsize=6)
-    for one_axes, name in zip(axes[:, 0], names, strict=True):
-        one_axes.set_ylabel(name, fontsize=7)
-    text = (
-        "Fig. 3, top. Pictures and the feature map before and after CLIP regularization: softmax over the positions of "
-        f"each channel, mean over channels, times the number of positions (1: no preference). {SETS_BY_RULE}"
-    )
-    return save(figure, folder, "fig3_maps", text, photos=not all(is_drawn(one.data) for one in sets))
-
-
-def show(figure: Figure | None, folder: Path, name: str, text: str, width: int = 500) -> Any:
-    """Save a figure and give it to be shown in a notebook; a line says so where there is none."""
-    if figure is None:
-        print("nothing could be run here, so there is no figure")
-        return None
-    from IPython.display import Image
-
-    return Image(filename=str(save(figure, folder, name, text)), width=width)
-
-
-def lines(
-    rows: Any, x: str = "J", y: str = "row", by: str = "test", xlabel: str = "", width: float = COLUMN
-) -> Figure | None:
-    """A line a row: mean `x` with ± one standard deviation over seeds, a marker for each `by`. Long names fit.
-
-    by: `test` tells rows apart by test set and protocol. None if no row was measured.
-    """
-    import pandas as pd
-    import seaborn as sns
-
-    from lcco.tables import label
-
-    frame = pd.DataFrame(rows).dropna(subset=[x])
-    if frame.empty:
-        return None
-    if by == "test":
-        frame["test"] = [
-            label(t) + ("" if p in label(t) else f", {p}")
-            for t, p in zip(frame["test_set"], frame["protocol"], strict=True)
-        ]
-    figure, axes = new_figure(width, 1.0 + 0.26 * frame[y].nunique())
-    kinds = frame[by].nunique()
-    style = {"errorbar": "sd", "linestyle": "none", "dodge": 0.5 if kinds > 1 else False, "err_kws": {"linewidth": 1}}
-    sns.pointplot(frame, x=x, y=y, hue=by, ax=axes, markers=["o", "s", "^", "D", "v", "P", "X", "*"][:kinds],
-                  markersize=4, palette=sns.color_palette("colorblind", kinds), **style)  # fmt: skip
-    axes.set(xlabel=xlabel or f"{x} (%)", ylabel="")
-    sns.despine(ax=axes)
-    axes.grid(linewidth=0.4, alpha=0.6)
-    axes.legend(title=None, frameon=False, fontsize=7, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
-    return figure
-
-
-def sweep(series: Mapping[str, Any], x: str, xlabel: str = "", y: str = "J", width: float = PAGE) -> Figure | None:
-    """Curves of several sweeps over the same `x`, a panel for each test set and protocol; mean ± sd over seeds.
-
-    None if no row was measured.
-    """
-    import pandas as pd
-    import seaborn as sns
-
-    from lcco.tables import label
-
-    frame = pd.concat([pd.DataFrame(rows).assign(sweep=name) for name, rows in series.items()])
-    frame = frame.dropna(subset=[y])
-    if frame.empty:
-        return None
-    panels = list(dict.fromkeys(zip(frame["test_set"], frame["protocol"], strict=True)))
-    figure, axes = new_figure(width, 2.3, nrows=1, ncols=len(panels), squeeze=False)
-    for n, (one, (test, protocol)) in enumerate(zip(axes[0], panels, strict=True)):
-        own = frame[(frame["test_set"] == test) & (frame["protocol"] == protocol)]
-        sns.lineplot(own, x=x, y=y, hue="sweep", style="sweep", markers=True, errorbar="sd", ax=one, legend=n == 0)
-        one.set(xlabel=xlabel or x, ylabel=f"{label(y)} (%)", xticks=sorted(own[x].unique()))
-        one.set_title(f"{label(test)}, {protocol}", fontsize=8)
-        _tidy(one)
-    shown = axes[0, 0].get_legend_handles_labels()
-    axes[0, 0].get_legend().remove()
-    figure.legend(*shown, loc="outside upper center", ncols=len(series), frameon=False, fontsize=7)
-    return figure
-
-
-def norm_bars(rows: Any, softmax: str = "over positions") -> Figure | None:
-    """Fig. 3's bars: the norm on each test set before and after the module, and of a flat map; None if not measured."""
-    from lcco.tables import label
-
-    own = [{**r, "test_set": label(r["test_set"])} for r in rows if r["softmax"] == softmax]
-    if all(r["norm"] is None for r in own):
-        return None
-    return bars(own, "test_set", "norm", "row", "norm of M * softmax(F)")
-
-
-def cost_figure(rows: Any, width: float = PAGE) -> Figure:
-    """Seconds for one set, part by part, a panel for each network (logarithmic)."""
-    import pandas as pd
-    import seaborn as sns
-
-    frame = pd.DataFrame(rows)
-    networks = list(dict.fromkeys(frame["network"]))
-    figure, axes = new_figure(width, 2.4, nrows=1, ncols=len(networks), squeeze=False, sharey=True)
-    for one, name in zip(axes[0], networks, strict=True):
-        own = frame[frame["network"] == name]
-        shown = own.assign(seconds=own["seconds"].clip(lower=1e-4))
-        sns.barplot(shown, x="seconds", y="row", ax=one, color="C0", edgecolor="0.2", linewidth=0.6)
-        one.set(xscale="log", xlabel="seconds a set", ylabel="", title=name)
-        sns.despine(ax=one)
-        one.grid(axis="x", linewidth=0.4, alpha=0.6)
-    return figure
