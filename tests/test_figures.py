@@ -20,16 +20,15 @@ MODULES = ("ISFC", "CLIP inter.", "CLIP reg.", "ISFC + CLIP inter.", "ISFC + CLI
 TESTS = (("glyphworld_choice", "choice"), ("pascal1037", "native"), ("msrc14", "ufo"))
 
 
-def rows(names, table="t", tests=TESTS, seeds=(0, 1, 2), **cells) -> pd.DataFrame:
+def rows(names, table="t", tests=TESTS, seeds=(0, 1, 2)) -> pd.DataFrame:
     rng, out = np.random.default_rng(0), []
     for n, name in enumerate(names):
         for test, protocol in tests:
             for seed in seeds:
                 e = PROFILE.experiment.replace(seed=seed)
-                own = {k: v[n] for k, v in cells.items()}
                 more = {"test_set": test, "protocol": protocol, "group_size": 5, "P": 90.0}
-                J = 50 + n + rng.normal() + sum(map(float, own.values()))
-                out.append(row(table, name, PROFILE, e, J=J, run="r", **more | own))
+                J = 50 + n + rng.normal()
+                out.append(row(table, name, PROFILE, e, J=J, run="r", **more))
     return with_paper(pd.DataFrame(out))
 
 
@@ -56,60 +55,60 @@ class FakeRun:
         )
 
 
-def draw() -> dict:
-    """Name → (a function that draws it, the least number of axes it must have)."""
-    ks = pd.concat(
-        rows([name], K=[k]) for name in ("LCCo, trained with each K", "K = 5, others at test time")
-        for k in (1, 3, 5, 7, 9)
-    )  # fmt: skip
-    sizes = pd.concat(
-        rows([name], tests=TESTS[:1]).assign(group_size=n)
-        for name in ("LCCo", "Baseline") for n in (1, 2, 3, 5, 8, 12, 16)
-    )  # fmt: skip
-    parts = [
-        "image tower",
-        "backbone",
-        "top-down path",
-        "ISFC",
-        "CLIP inter.",
-        "LCCo, all together",
-    ]
-    seconds = [1e-4, 0.02, 0.003, 0.07, 1.1, 1.53]
-    cost = pd.DataFrame(
-        {"row": name, "network": net, "seconds": s * f}
-        for net, f in (("paper", 1), ("embedded", 0.05), ("lite", 0.2))
-        for name, s in zip(parts, seconds, strict=True)
+def swept(names, values, column, tests=TESTS) -> pd.DataFrame:
+    one = rows(names, tests=tests)
+    return pd.concat([one.assign(**{column: v, "J": one["J"] + v}) for v in values])
+
+
+def cost() -> pd.DataFrame:
+    parts = ["image tower", "backbone", "top-down path", "CLIP inter.", "LCCo, all together"]
+    seconds = pd.Series([1e-4, 0.02, 0.003, 1.1, 1.53])
+    nets = {"paper": 1, "embedded": 0.05, "lite": 0.2}
+    return pd.concat(
+        pd.DataFrame({"row": parts, "network": net, "seconds": f * seconds})
+        for net, f in nets.items()
     )
+
+
+def four_sets() -> dict:
+    names = ("motorbike (J 83)", "potted plant (J 31)", "dining table (J 12)", "cat (J 90)")
+    return {f"{name}, PASCAL": shown_set(5, "truth", "Baseline", "LCCo") for name in names}
+
+
+def similarities() -> tuple[np.ndarray, list[str]]:
     words = [f"word {n} of an imagenet class, with synonyms" for n in range(80)]
-    S = np.random.default_rng(1).random((5, 80))
-    four = {f"{c} (J {j}), PASCAL": shown_set(5, "truth", "Baseline", "LCCo") for c, j in
-            (("motorbike", 83), ("potted plant", 31), ("dining table", 12), ("cat", 90))}  # fmt: skip
-    return {
-        "table2": lambda: figures.dots(rows(["Baseline", *MODULES], "table2_components")),
-        "readings": lambda: figures.dots(rows(["LCCo", *READINGS], seeds=(0,)), "LCCo"),
-        "one_test": lambda: figures.dots(rows(["Baseline", *MODULES], tests=TESTS[1:2])),
-        "table4_k": lambda: figures.curve(ks, "K", xlabel="distilled prompts K"),
-        "more_images": lambda: figures.curve(sizes, "group_size", xlabel="images a set"),
-        "cost": lambda: figures.cost_bars(cost, xlabel="seconds a set (2 cores)"),
-        "learning": lambda: figures.learning_curves({m: FakeRun() for m in ("Baseline", *MODULES)}),
-        "S": lambda: figures.heatmap(S, words, k=5),
-        "fig4": lambda: figures.masks_grid(four),
-        "one_set": lambda: figures.masks_grid(
-            shown_set(5, "truth", "Clustering (no training)", "Baseline", "+ CLIP inter."), "motorbike"
-        ),
-        "many": lambda: figures.masks_grid(shown_set(12, "truth", "LCCo"), "a set of twelve pictures"),
-        "fig3": lambda: figures.maps_grid(
-            pictures(5), {"before": discs(5), "after": discs(5)}, "attention, 1 = no preference", "cat"
-        ),
-        "attention": lambda: figures.attention_overlay(
-            pictures(1)[0], (0.4, 0.6), pictures(4), [d / d.sum() for d in discs(4)]
-        ),
-    }  # fmt: skip
+    return np.random.default_rng(1).random((5, 80)), words
 
 
-@pytest.mark.parametrize("name", draw())
+SWEEP = ["LCCo, trained with each K", "K = 5, others at test time"]
+RIVALS = ("truth", "Clustering (no training)", "Baseline", "+ CLIP inter.")
+DRAW = {
+    "table2": lambda: figures.dots(rows(["Baseline", *MODULES], "table2_components")),
+    "readings": lambda: figures.dots(rows(["LCCo", *READINGS], seeds=(0,)), "LCCo"),
+    "one_test": lambda: figures.dots(rows(["Baseline", *MODULES], tests=TESTS[1:2])),
+    "table4_k": lambda: figures.curve(swept(SWEEP, (1, 3, 5, 7, 9), "K"), "K", xlabel="prompts K"),
+    "more_images": lambda: figures.curve(
+        swept(["LCCo", "Baseline"], (1, 2, 3, 5, 8, 12, 16), "group_size", TESTS[:1]),
+        "group_size", xlabel="images a set",
+    ),
+    "cost": lambda: figures.cost_bars(cost(), xlabel="seconds a set (2 cores)"),
+    "learning": lambda: figures.learning_curves({m: FakeRun() for m in ("Baseline", *MODULES)}),
+    "S": lambda: figures.heatmap(*similarities(), k=5),
+    "fig4": lambda: figures.masks_grid(four_sets()),
+    "one_set": lambda: figures.masks_grid(shown_set(5, *RIVALS), "motorbike"),
+    "many": lambda: figures.masks_grid(shown_set(12, "truth", "LCCo"), "a set of twelve pictures"),
+    "fig3": lambda: figures.maps_grid(
+        pictures(5), {"before": discs(5), "after": discs(5)}, "attention, 1 = no preference", "cat"
+    ),
+    "attention": lambda: figures.attention_overlay(
+        pictures(1)[0], (0.4, 0.6), pictures(4), [d / d.sum() for d in discs(4)]
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DRAW)
 def test_every_figure_is_laid_out_without_a_fault(name: str, tmp_path: Path):
-    figure = draw()[name]()
+    figure = DRAW[name]()
     assert figures.layout_problems(figure) == []
     png = figures.save(figure, tmp_path, name, "What it shows.")
     assert figures.caption(png) == "What it shows."
@@ -156,7 +155,7 @@ def test_photographs_go_where_git_ignores_them(tmp_path: Path):
 
 
 def test_curves_name_what_was_not_measured_and_do_not_enlarge_small_changes():
-    K = pd.concat(rows(["LCCo"], tests=TESTS[:1]).assign(K=k) for k in (1, 3))
+    K = swept(["LCCo"], (1, 3), "K", TESTS[:1])
     gone = K.assign(row="Baseline", J=float("nan"))
     figure = figures.curve(pd.concat([K, gone]), "K")
     texts = {text.get_text() for text in figure.legends[0].get_texts()}

@@ -331,9 +331,9 @@ def test_notes_say_how_models_were_trained():
         {"Baseline-2": record(device="H100")}
     )
     old = {f"{m}-{s}": record(version=1) for m in ("LCCo", "Baseline") for s in range(3)}
-    assert "older version of the training code: all." in notes_with(old)
+    assert "by older training code: all." in notes_with(old)
     del old["LCCo-0"]
-    assert "training code: all but LCCo (seed 0)." in notes_with(old)
+    assert "by older training code: all but LCCo (seed 0)." in notes_with(old)
 
 
 def test_notes_say_whose_pictures_chose_the_weights():

@@ -136,8 +136,8 @@ class _Scorer:
         if group_size < 1:
             raise LCCoError(f"a group needs at least 1 image, not {group_size}")
         self.segment, self.data, self.group_size, self.seed = segment, data, group_size, seed
-        items = {c: sorted(data.groups[c], key=data.keys.__getitem__) for c in sorted(data.groups)}
-        self.classes = {c: own for c, own in items.items() if own}
+        own, key = data.groups, data.keys.__getitem__
+        self.classes = {c: sorted(own[c], key=key) for c in sorted(own) if own[c]}
         if not self.classes:
             raise LCCoError(f"data `{data.name}` has no images to evaluate")
         self.truth = lru_cache(512)(lambda i, label: data.mask(i, [label]))
@@ -223,11 +223,10 @@ class _Scorer:
         ]
 
     def mixed_sets(self, ks: list[int]) -> list[_Set]:
-        (holds, labels), sets = self.pictures(), []
+        (holds, labels), sets, name = self.pictures(), [], self.data.name
         for label, items in self.classes.items():
             pool = [next(iter(own.values())) for p, own in holds.items() if label not in labels[p]]
             if len(pool) < ks[-1]:
-                name = self.data.name
                 raise LCCoError(f"{name}: {len(pool)} pictures lack `{label}`, not {ks[-1]}")
             shown = shuffled([i for i in items if self.area(i, label)], self.seed, label)
             groups = consecutive_groups(shown, self.group_size, repeat=False)

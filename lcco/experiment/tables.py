@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
-from functools import lru_cache
+from functools import cache, lru_cache
 from html import escape
 from itertools import combinations, product
 from pathlib import Path
@@ -105,7 +105,7 @@ def collect(
     """
     import pandas as pd
 
-    from lcco.experiment.runs import load_tests
+    from lcco.experiment.runs import get_run, load_tests
 
     data, found = load_tests(profile, tests or profile.tests), []
     protocols, sizes = protocols or profile.protocols, group_sizes or (profile.group_size,)
@@ -113,30 +113,28 @@ def collect(
         one = isinstance(model, Experiment)
         for seed in (seeds or profile.seeds) if one else (None,):
             e = model.replace(seed=seed) if one else None
+            get = cache(lambda e=e, model=model: get_run(e) if e else model)
             more = {key: make(e) for key, make in (cells or {}).items()} if e else {}
             for test, size in product(data, sizes):
-                done = _scored(e or model, data[test], protocols, size, how)
+                done = _scored(get, data[test], protocols, size, how)
                 more |= {"test_set": test, "group_size": size}
                 found += [row(table, name, profile, e, protocol=p, **more, **done[p]) for p in done]
     return with_paper(pd.DataFrame(found))
 
 
-def _scored(model: Any, test: Any, protocols: Sequence[str], size: int, how: Mapping) -> dict:
+def _scored(get: Callable, test: Any, protocols: Sequence[str], size: int, how: Mapping) -> dict:
     """Protocol → cells of a row: what was measured, or the status that says why nothing was."""
-    from lcco.experiment.runs import get_run
-
     try:
         if isinstance(test, Missing):
             raise test
-        about = {}
-        if isinstance(model, Experiment):
-            model = get_run(model)
-            if (seen := model.overlap(test)) and not how.get("allow_overlap"):
+        run, about = get(), {}
+        if hasattr(run, "overlap"):
+            if (seen := run.overlap(test)) and not how.get("allow_overlap"):
                 why = f"not run: trained on {seen} of its {len(test)} pictures"
                 return dict.fromkeys(protocols, {"status": why})
-            about = {"chose_weights": model.holdout_overlap(test)}
-        done = model.evaluate(test, protocols, size, **how)
-        return {p: scores(done[p].summary) | about | {"run": model.path.name} for p in protocols}
+            about = {"chose_weights": run.holdout_overlap(test)}
+        done = run.evaluate(test, protocols, size, **how)
+        return {p: scores(done[p].summary) | about | {"run": run.path.name} for p in protocols}
     except Missing as error:
         return dict.fromkeys(protocols, {"status": error.status})
 
@@ -149,15 +147,14 @@ def with_paper(rows: pd.DataFrame) -> pd.DataFrame:
     table = str(rows["table"].iloc[0]) if len(rows) else ""
     paper = paper_table(table) if (PAPER / f"{table}.csv").is_file() else {}
     rows = rows.copy()
-    key = "row" if "row" in paper else "method"
-    for at, r in rows.iterrows() if table != "more_images" and len(paper) else ():
-        lines, test, on = paper[paper[key] == r["row"]], "icoseg8", ""
+    for at, r in rows[rows["protocol"] != "choice"].iterrows() if len(paper) else ():
+        lines, test, on = paper[paper.iloc[:, 0] == r["row"]], "icoseg8", ""
         if table == "table1_main":
-            test, on = r["test_set"], f"{PAPER_SETS.get(r['test_set'])}_"
-            kind = "COCO" if "coco" in str(r["train_set"]) else "PASCAL"
-            known = kind == "COCO" or str(r["train_set"]).startswith(("voc", "pascal"))
-            lines = lines[(lines["train_set"] == kind) & known]
-        if len(lines) and f"{on}J" in paper and r["protocol"] != "choice":
+            kinds = {"coco": "COCO", "voc": "PASCAL", "pascal": "PASCAL"}
+            kind = next((k for name, k in kinds.items() if name in str(r["train_set"])), "")
+            test, lines = r["test_set"], lines[lines["train_set"] == kind]
+            on = f"{PAPER_SETS.get(test)}_"
+        if len(lines) and f"{on}J" in paper:
             printed = lines[[f"{on}P", f"{on}J"]].iloc[0]
             rows.loc[at, ["paper_test_set", "paper_P", "paper_J"]] = [test, *printed]
     return rows
@@ -377,8 +374,10 @@ class Table:
     def _made_with(self, done: pd.DataFrame) -> list[str]:
         per = done.groupby([*self.index, "test_set", "protocol"], dropna=False)["seed"].nunique()
         seeds = sorted({int(s) for s in done["seed"].dropna()})
-        most = f"{'up to ' if per.min() < len(seeds) else ''}{len(seeds)} seeds"
-        spread = "mean ± standard deviation over " + most if len(seeds) > 1 else f"one seed {seeds}"
+        spread = f"one seed ({few(seeds)})"
+        if len(seeds) > 1:
+            most = f"{'up to ' if per.min() < len(seeds) else ''}{len(seeds)} seeds"
+            spread = f"mean ± standard deviation over {most}"
         if any(bold.any(axis=None) for _, bold in self.parts.values()):
             spread += "; bold: best, where mean ± deviation does not overlap with the next best's"
         sizes = few(done["group_size"].dropna().astype(int).unique(), 9)
@@ -393,22 +392,18 @@ class Table:
     def _provenance(self, done: pd.DataFrame) -> list[str]:
         """What a reader should know of how the models behind the rows were trained."""
         records = {n: r for n, r in self.runs.items() if "training" in r and n in set(done["run"])}
+        usual = next(iter(_devices(records)), "")
         told: dict[str, list[str]] = {}
-        devices = _devices(records)
         for n, r in records.items():
-            here = r.get("environment", {})
-            commit = here.get("commit", here.get("git"))
-            dirty = here.get("dirty", here.get("git_dirty"))
-            facts = {
+            here = {"commit": None, "dirty": None, "device": None} | r.get("environment", {})
+            commit, dirty = here.get("git", here["commit"]), here.get("git_dirty", here["dirty"])
+            for how, true in {
                 "from an edited checkout": dirty,
                 "from an unknown commit": dirty is None or len(commit or "") < 12,
-                "by an older version of the training code":
-                    r.get("training_version", 1) < TRAINING_VERSION,
-                f"on {here.get('device')}, unlike the others":
-                    here.get("device") != devices.most_common()[0][0],
-            }  # fmt: skip
-            for how in [how for how, true in facts.items() if true]:
-                told.setdefault(how, []).append(n)
+                "by older training code": r.get("training_version", 1) < TRAINING_VERSION,
+                f"on {here['device']}, unlike the others": here["device"] != usual,
+            }.items():
+                told |= {how: [*told.get(how, []), n]} if true else {}
         out = [f"Trained {how}: {self._lines(done, own, records)}." for how, own in told.items()]
         held = {t for r in records.values() for t in r["experiment"]["data"]["holdout"]}
         chose = done["chose_weights"].fillna(0) > 0 if "chose_weights" in done else False
@@ -422,8 +417,7 @@ class Table:
         most = len(names) > len(of) / 2
         own = done[done["run"].isin([n for n in of if (n in names) != most])]
         seeds = own.groupby("row", sort=False)["seed"].unique()
-        said = [f"{name} (seed {few(sorted(map(int, s)), 9)})" for name, s in seeds.items()]
-        said = few(said, 9)
+        said = few([f"{r} (seed {few(sorted(map(int, s)), 9)})" for r, s in seeds.items()], 9)
         return f"all{' but ' if said else ''}{said}" if most else said
 
     def write(self, folder: Path, runs: Iterable[Any] | None = None) -> Table:
@@ -524,8 +518,10 @@ def _about(profile: str) -> str:
     return load_profile(profile).about.strip() if profile in profile_names() else ""
 
 
-def _devices(runs: Mapping[str, Any]) -> Counter:
-    return Counter(r.get("environment", {}).get("device") for r in runs.values())
+def _devices(runs: Mapping[str, Any]) -> dict[str, int]:
+    """Device → how many runs were trained on it, the most first."""
+    found = Counter(r.get("environment", {}).get("device") for r in runs.values())
+    return dict(found.most_common())
 
 
 def _made_on(runs: Mapping[str, Any]) -> str:
