@@ -14,7 +14,8 @@ from lcco.common import one_line
 from lcco.data.pictures import read_picture
 
 ON_SHEET = 120  # pictures on the contact sheet
-TINTS = np.array([(213, 94, 0), (0, 114, 178)])  # colour-blind eyes tell them apart
+# Colours that colour-blind eyes tell apart (Okabe and Ito).
+TINTS = ((213, 94, 0), (0, 114, 178), (240, 228, 66), (204, 121, 167), (0, 158, 115))
 
 
 def cut_out(
@@ -42,14 +43,19 @@ def cut_out(
 
 def overlay(picture: Image.Image, mask: np.ndarray) -> Image.Image:
     """The picture greyed outside the object; the object tinted, its outline white in, black out."""
-    mean = np.asarray(picture)[mask].mean(0) if mask.any() else np.zeros(3)
-    tint = tuple(int(c) for c in TINTS[np.abs(TINTS - mean).sum(1).argmax()])  # the farther one
     shape = Image.fromarray(mask.astype(np.uint8) * 255)
-    around = shape.filter(ImageFilter.BoxBlur(max(1, round(max(picture.size) / 400))))
-    grey = picture.convert("L").point(lambda v: 64 + 0.45 * v).convert("RGB")
-    tinted = Image.blend(picture, Image.new("RGB", picture.size, tint), 0.35)
-    line = around.point(lambda v: 255 * (0 < v < 255))
-    return Image.composite(shape.convert("RGB"), Image.composite(tinted, grey, shape), line)
+    grey = picture.convert("L").point(lambda v: 64 + 0.45 * v)
+    own = np.asarray(picture)[mask].mean(0) if mask.any() else np.zeros(3)
+    around = np.asarray(grey)[~mask].mean() if not mask.all() else 0
+
+    def seen(tint: tuple[int, int, int]) -> float:  # how far it is from both
+        mixed = 0.55 * own + 0.45 * np.array(tint)
+        return min(np.abs(mixed - own).max(), np.abs(mixed - around).max(), np.ptp(mixed))
+
+    tint = Image.new("RGB", picture.size, max(TINTS, key=seen))
+    out = Image.composite(Image.blend(picture, tint, 0.45), grey.convert("RGB"), shape)
+    near = shape.filter(ImageFilter.BoxBlur(max(1, round(max(picture.size) / 400))))
+    return Image.composite(shape.convert("RGB"), out, near.point(lambda v: 255 * (0 < v < 255)))
 
 
 def contact_sheet(
