@@ -353,6 +353,9 @@ def test_scores_are_kept_and_settings_and_data_part_them(parts, data, tmp_path, 
         m.setattr(type(one), "__call__", lambda *a: pytest.fail("scored before"))
         again = make("clustering", parts, clusters=3)
         assert again.evaluate(data, ("ufo",), 3) == first and again.record["data"]
+    for file in one.path.glob("*.json"):
+        file.write_text("{cut")
+    assert make("clustering", parts, clusters=3).evaluate(data, ("ufo",), 3) == first
     assert make("clustering", parts, clusters=4).path != one.path
     (named,) = rivals(["clustering"], *parts, experiment="0123456789").values()
     assert named.record["experiment_hash"] == "0123456789"

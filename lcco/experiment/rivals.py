@@ -245,12 +245,14 @@ class Rival:
 
         Raises: Missing for absent weights.
         """
-        key = digest(test.identity(), 10)
-        name = f"{test.name}-{{}}-{group_size}-{key}.json".replace("/", "_")
-        files = {p: self.path / name.format(p) for p in protocols}
+        end = f"{group_size}-{digest(test.identity(), 10)}.json"
+        files = {p: self.path / f"{test.name}-{p}-{end}".replace("/", "_") for p in protocols}
         missing = [p for p in files if not files[p].is_file()]
-        make = cache(lambda: self._score(test, missing, group_size))
-        found = {p: kept(file, lambda p=p: make()[p]) for p, file in files.items()}
+        score = cache(lambda *names: self._score(test, names, group_size))
+        found = {  # what is missing in one pass; a damaged file alone
+            p: kept(file, lambda p=p: score(*(missing if p in missing else [p]))[p])
+            for p, file in files.items()
+        }
         for name in [n for n in vars(self) if n.startswith("_")]:
             setattr(self, name, None)  # the models' memory is free for the next rival
         more = ("masks", "environment")
