@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,25 +33,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # not every terminal can print every file name
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    code = 2
+    code, said = 2, ""
     try:
-        return typer.main.get_command(app).main(argv, "lcco", standalone_mode=False) or 0
+        code = typer.main.get_command(app).main(argv, "lcco", standalone_mode=False) or 0
+        if code == 130:
+            said = "interrupted; give the same command again and it goes on"
     except LCCoError as error:
         said = str(error)
     except OSError as error:
-        if error.errno == errno.EPIPE:  # `lcco … | head`
-            raise
         parts = [error.filename, error.strerror] if error.strerror else [error]
         said = ": ".join(str(p) for p in parts if p) or type(error).__name__
-    except (KeyboardInterrupt, typer.Abort):
-        said, code = "interrupted; give the same command again and it goes on", 130
     except Exception as error:
         if not hasattr(error, "exit_code"):  # else it is typer's, of a wrong usage
             raise
         error.show()
         return error.exit_code
-    print(f"lcco: {one_line(said)}", file=sys.stderr)
-    return code
+    if said:
+        print(f"lcco: {one_line(said)}", file=sys.stderr)
+    return int(code)
 
 
 def _version(asked: bool) -> None:
@@ -181,8 +179,9 @@ def evaluate(
     if unknown := [p for p in protocols if p not in known]:
         raise LCCoError(f"no protocol `{unknown[0]}`; there are: {', '.join(known)}")
     found, test = open_run(run), load_data(data)
-    seen = f"{found.overlap(test)} of {len(test)} pictures"
-    print(f"{test.name}: {seen} are in the training data", file=sys.stderr)
+    if not (seen := found.overlap(test)) or allow_overlap:  # else the refusal says it
+        what = f"{seen} of {len(test)} pictures are in the training data"
+        print(f"{test.name}: {what}", file=sys.stderr)
     _print(found.evaluate(test, protocols, group_size, allow_overlap=allow_overlap))
 
 
