@@ -68,11 +68,6 @@ def _lcco(
     pass
 
 
-@data_app.callback()
-def _data() -> None:
-    pass
-
-
 @data_app.command("check")
 def data_check(
     folder: Annotated[Path, Argument(help="A data set's folder, in any of the known layouts.")],
@@ -225,19 +220,3 @@ def bench(
     from lcco.experiment.bench import bench as measure
 
     print(measure(load_profile(profile), repeats).to_markdown(index=False))
-
-
-@app.command("run", hidden=True)
-def run_job(profile: ProfileName, hash: Annotated[str, Option()]) -> None:
-    """Train one experiment of a profile's plan and score it: a job of the whole graph."""
-    from lcco.config import load_profile
-    from lcco.experiment.plan import all_jobs
-    from lcco.experiment.runs import get_run
-
-    chosen = load_profile(profile)
-    jobs = [job for job in all_jobs(chosen) if job.experiment.hash == hash]
-    if not jobs:
-        raise LCCoError(f"--hash {hash}: no experiment of profile `{chosen.name}`")
-    run = get_run(jobs[0].experiment)
-    for score in jobs[0].scores:
-        _score(run, chosen, [score.test], score.protocols, score.group_size)

@@ -32,7 +32,6 @@ from lcco.data import pictures as decoder
 from lcco.data.sets import CoSegData
 from lcco.experiment.predictor import Predictor, load_model
 from lcco.experiment.runs import environment, open_run
-from lcco.metrics import resize_map
 from lcco.semantics import target_word, vocabulary
 from lcco.store import atomic_path, lock, read_json, write_json, write_text
 
@@ -71,7 +70,7 @@ class Result:
     @property
     def mask(self) -> np.ndarray | None:
         """bool [H, W] at the picture's own size."""
-        return None if self.error else self.values(self.size) > self.threshold
+        return None if self.error else np.asarray(self.grey(self.size)) > 255 * self.threshold
 
     @property
     def confidence(self) -> float:
@@ -79,16 +78,17 @@ class Result:
         inside = () if self.error else self.probability[self.probability > self.threshold]
         return float(np.mean(inside)) * self.agreement if len(inside) else 0.0
 
-    def values(self, size: tuple[int, int]) -> np.ndarray:
-        """The probabilities [H, W] at a size (width, height)."""
-        return resize_map(self.probability, size[::-1])
+    def grey(self, size: tuple[int, int]) -> Image.Image:
+        """The probabilities as 0..255 at a size (width, height)."""
+        grey = Image.fromarray((255 * self.probability).astype(np.uint8))
+        return grey.resize(size, Image.Resampling.BILINEAR)
 
     def cutout(self, background: str | Path | None = None) -> Image.Image | None:
         """The object alone: RGBA, or before `white`, the blurred picture (`blur`), or a picture."""
         if self.error:
             return None
-        picture, values = _decode(self.source)[0], self.values(self.size)
-        return gallery.cut_out(picture, values, self.threshold, background)
+        picture, grey = _decode(self.source)[0], self.grey(self.size)
+        return gallery.cut_out(picture, grey, self.threshold, background)
 
 
 @dataclass
@@ -480,13 +480,12 @@ class _Maker:
         return entry | files | shares | {"note": note}
 
     def _draw(self, result: Result, mask: Path, cutout: Path, overlay: Path) -> None:
-        picture, values = _decode(result.source)[0], result.values(result.size)
-        cut = gallery.cut_out(picture, values, result.threshold, self.background)
+        picture, grey = _decode(result.source)[0], result.grey(result.size)
+        cut = gallery.cut_out(picture, grey, result.threshold, self.background)
         _save(cut, cutout, compress_level=1)
-        shape = np.where(values > result.threshold, np.uint8(255), np.uint8(0))
-        _save(Image.fromarray(shape), mask, compress_level=3)
+        _save(gallery.shape(grey, result.threshold), mask, compress_level=3)
         picture.thumbnail((1600, 1600), Image.Resampling.BILINEAR, reducing_gap=2)
-        shape = result.values(picture.size) > result.threshold
+        shape = gallery.shape(result.grey(picture.size), result.threshold)
         _save(gallery.overlay(picture, shape), overlay, quality=88)
 
     def _finish(

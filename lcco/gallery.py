@@ -18,16 +18,19 @@ ON_SHEET = 120  # pictures on the contact sheet
 TINTS = ((213, 94, 0), (0, 114, 178), (240, 228, 66), (204, 121, 167), (0, 158, 115))
 
 
+def shape(grey: Image.Image, threshold: float) -> Image.Image:
+    """The mask of 0 and 255 of probabilities in 0..255."""
+    return grey.point(lambda v: 255 * (v > 255 * threshold))
+
+
 def cut_out(
-    picture: Image.Image, values: np.ndarray, threshold: float, background: str | Path | None = None
+    picture: Image.Image, grey: Image.Image, threshold: float, background: str | Path | None = None
 ) -> Image.Image:
     """The object alone: RGBA, or before `white`, the blurred picture (`blur`), or a picture file.
 
-    values: probabilities [H, W]; the edge is soft within 0.1 of the threshold.
+    grey: probabilities in 0..255; the edge is soft within 0.1 of the threshold.
     """
-    alpha = values * 1275
-    alpha += 127.5 - 1275 * threshold
-    alpha = Image.fromarray(np.clip(alpha, 0, 255, out=alpha).astype(np.uint8))
+    alpha = grey.point(lambda v: 127 + 5 * (v - 255 * threshold))
     ground = Image.new("RGB", picture.size, "white" if background == "white" else "black")
     if background is None:  # what is hidden holds no picture, and packs well
         out = Image.composite(picture, ground, alpha.point(lambda v: 255 * (v > 0)))
@@ -41,9 +44,9 @@ def cut_out(
     return Image.composite(picture, ground, alpha)
 
 
-def overlay(picture: Image.Image, mask: np.ndarray) -> Image.Image:
+def overlay(picture: Image.Image, shape: Image.Image) -> Image.Image:
     """The picture greyed outside the object; the object tinted, its outline white in, black out."""
-    shape = Image.fromarray(mask.astype(np.uint8) * 255)
+    mask = np.asarray(shape) > 0
     grey = picture.convert("L").point(lambda v: 64 + 0.45 * v)
     own = np.asarray(picture)[mask].mean(0) if mask.any() else np.zeros(3)
     around = np.asarray(grey)[~mask].mean() if not mask.all() else 0

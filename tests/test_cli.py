@@ -140,26 +140,12 @@ def test_mistakes_are_one_line_that_names_the_mend(place: Path, says):
     assert "there are" in says("bench", "--profile", "none")
     (place / "bad.yaml").write_text("about: [x\n")
     assert "not valid YAML at line" in says("train", "--profile", place / "bad.yaml")
-    assert "no experiment of profile `drawn`" in says(
-        "run", "--profile", place / "drawn.yaml", "--hash", "0")  # fmt: skip
 
 
 def test_holdout_within_the_training_set_is_said(place: Path, capsys):
     same = ["--set", "data.holdout=voc_train", "--dry-run"]
     assert cli.main(["train", "--profile", str(place / "drawn.yaml"), *same]) == 0
     assert "`data.holdout` names voc_train, as `data.train`" in capsys.readouterr().err
-
-
-def test_one_job_of_the_plan(place: Path, capsys):
-    from lcco.config import load_profile
-    from lcco.experiment.plan import needs
-
-    profile = load_profile(place / "drawn.yaml")
-    job = needs("01", profile)[0]
-    words = ["run", "--profile", str(place / "drawn.yaml"), "--hash", job.experiment.hash]
-    assert cli.main(words) == 0
-    assert (where("runs") / job.experiment.run_name / "record.json").is_file()
-    assert len(table(capsys.readouterr().out)) >= 2
 
 
 @pytest.mark.parametrize(
