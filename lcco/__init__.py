@@ -2,7 +2,7 @@
 
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {  # public name → the room that it lives in, loaded at its first use
     "LCCo": "model",

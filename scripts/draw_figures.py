@@ -286,9 +286,9 @@ def group_choice(folder: Path) -> Path | None:
         return None
     data = load_data("glyphworld_choice")
     i, sets = clearest(runs["LCCo"], data)
-    figure, cell, gap = new_figure(2.9), 1.2, 0.05
+    figure, cell, gap = new_figure(3), 1.25, 0.05
     for r, (name, items) in enumerate(sets.items()):
-        y = 2.55 - (r + 1) * (cell + gap)
+        y = 2.65 - (r + 1) * (cell + gap)
         write(figure, 0.2, y + cell / 2, f"the set “{name}”", 9.5, rotation=90)
         for c, item in enumerate(items):
             x = 0.38 + c * (cell + gap) + (c > 0) * 0.2
@@ -298,9 +298,9 @@ def group_choice(folder: Path) -> Path | None:
             mask = run.predictor()(data, items)[0] > 0.5
             show(figure, (x, y, cell, cell), black_white(mask), RED)
             if r == 0:
-                write(figure, x + cell / 2, 2.72, model, 10.5)
-    write(figure, 0.38 + cell / 2, 2.72, "one drawing …", 10.5)
-    write(figure, 0.58 + 3 * (cell + gap), 2.72, "… and the rest of its set", 10.5)
+                write(figure, x + cell / 2, 2.82, model, 10.5)
+    write(figure, 0.38 + cell / 2, 2.82, "one drawing …", 10.5)
+    write(figure, 0.58 + 3 * (cell + gap), 2.82, "… and the rest of its set", 10.5)
     return save(figure, folder, "group_choice")
 
 

@@ -12,23 +12,24 @@ from lcco.experiment.tables import MEASURED, label
 from lcco.store import write_text
 
 ROOT = project_root(Path(__file__).parent)
-LINES = (
-    ("lite", "msrc7"), ("lite", "pascal1037"), ("lite", "voc_val"),
-    ("shipped", "msrc7"), ("shipped", "pascal_fold_test"), ("shipped", "voc_val"),
-    ("embedded", "glyphworld_test"), ("embedded", "glyphworld_choice"),
+LINES = (  # profile, test set, protocol
+    ("lite", "msrc7", "ufo"), ("lite", "pascal1037", "ufo"), ("lite", "voc_val", "choice"),
+    ("shipped", "msrc7", "ufo"), ("shipped", "pascal_fold_test", "ufo"),
+    ("shipped", "voc_val", "choice"), ("embedded", "glyphworld_test", "ufo"),
+    ("embedded", "glyphworld_choice", "choice"),
 )  # fmt: skip
-HEAD = "| test set | profile | LCCo | Baseline | the paper's LCCo |\n|---|---|--:|--:|--:|"
+HEAD = "| P / J, % | profile | LCCo | Baseline | the paper's LCCo |\n|---|---|--:|--:|--:|"
 
 
-def rows_of(profile: str, test: str) -> pd.DataFrame:
-    """A profile's measured rows on a test set: under `ufo`, or of the group-choice test."""
-    folder = ROOT / "results" / profile
-    files = [f for f in (folder / "table1_main.csv", folder / "choice.csv") if f.is_file()]
-    if not files:
-        return pd.DataFrame(columns=["row", "P", "J", "protocol", "paper_P", "paper_J"])
-    rows = pd.concat([pd.read_csv(f, dtype={"paper_P": str, "paper_J": str}) for f in files])
-    wanted = rows["protocol"].isin(["ufo", "choice"]) & (rows["test_set"] == test)
-    return rows[wanted & (rows["status"] == MEASURED)]
+def rows_of(profile: str, test: str, protocol: str = "ufo") -> pd.DataFrame:
+    """A profile's measured rows on a test set under a protocol."""
+    name = "choice" if protocol == "choice" else "table1_main"
+    file = ROOT / "results" / profile / f"{name}.csv"
+    if not file.is_file():
+        return pd.DataFrame(columns=["row", "P", "J", "paper_P", "paper_J"])
+    rows = pd.read_csv(file, dtype={"paper_P": str, "paper_J": str})
+    on = rows["test_set"].str.partition(":")[0] == test
+    return rows[on & (rows["protocol"] == protocol) & (rows["status"] == MEASURED)]
 
 
 def cell(rows: pd.DataFrame) -> str:
@@ -42,30 +43,32 @@ def cell(rows: pd.DataFrame) -> str:
 def table() -> str:
     """The headline table: P / J in per cent."""
     out = [HEAD]
-    for profile, test in LINES:
-        rows = rows_of(profile, test)
+    for profile, test, protocol in LINES:
+        rows = rows_of(profile, test, protocol)
         ours, base = (rows[rows["row"] == name] for name in ("LCCo", "Baseline"))
-        choice = (rows["protocol"] == "choice").any() and "choice" not in test
         paper = ours[["paper_P", "paper_J"]].dropna()
         printed = " / ".join(paper.iloc[0]) if len(paper) else "–"
-        cells = [label(test) + ", group choice" * choice, f"`{profile}`", cell(ours), cell(base)]
-        out.append(f"| {' | '.join([*cells, printed])} |")
+        name = label(test).removesuffix(" choice")
+        name += ", group choice" if protocol == "choice" else ""
+        out.append(f"| {name} | `{profile}` | {cell(ours)} | {cell(base)} | {printed} |")
     return "\n".join(out)
 
 
-def gain(profile: str, test: str) -> str:
+def gain(*where: str) -> str:
     """LCCo's J minus the Baseline's."""
-    J = rows_of(profile, test).groupby("row")["J"].mean()
-    return f"{J['LCCo'] - J['Baseline']:+z.1f}" if {"LCCo", "Baseline"} <= set(J.index) else "–"
+    J = rows_of(*where).groupby("row")["J"].mean()
+    known = {"LCCo", "Baseline"} <= set(J.index)
+    return f"{J['LCCo'] - J['Baseline']:+z.1f}".replace("-", "−") if known else "–"
 
 
 def summary() -> str:
     """What the three modules bring, in J."""
+    msrc, pascal = gain("lite", "msrc7"), gain("lite", "pascal1037")
+    choice, drawn = gain("lite", "voc_val", "choice"), gain("embedded", "glyphworld_test")
     return (
-        f"**What the modules bring**, in J over the Baseline: {gain('lite', 'msrc7')} on MSRC7 and "
-        f"{gain('lite', 'pascal1037')} on PASCAL (`lite`), where most photographs show one salient "
-        f"object and the set is hardly needed; {gain('lite', 'voc_val')} in the group choice, and "
-        f"{gain('embedded', 'glyphworld_test')} on GlyphWorld, where only the set tells which "
+        f"The three modules change J by {msrc} on MSRC7 and {pascal} on PASCAL (`lite`), where "
+        "most photographs show one salient object and the set is hardly needed; they change it by "
+        f"{choice} in the group choice and {drawn} on GlyphWorld, where only the set tells which "
         "object is meant."
     )
 
