@@ -24,7 +24,7 @@ from lcco.config import load_profile
 from lcco.data import CoSegData, load_data
 from lcco.experiment.plan import BASELINE
 from lcco.experiment.runs import Run, find_run
-from lcco.metrics import jaccard
+from lcco.metrics import jaccard, resize_map
 from lcco.store import atomic_path
 
 EXAMPLES = project_root(Path(__file__).parent) / "examples"
@@ -272,19 +272,21 @@ def clearest(run: Run, data: CoSegData, among: int = 60) -> tuple[int, dict[str,
     for i in range(min(among, len(data))):
         groups = {c: data.groups[c] for c in sorted(data.classes_of(i))}
         sets = {c: [i, *(j for j in g if j != i)][:5] for c, g in groups.items()}
-        masks = [predictor(data, items)[0] > 0.5 for items in sets.values()]
         truths = [data.mask(i, [c]) for c in sets]
-        found.append((min(jaccard(m, t) for m, t in zip(masks, truths, strict=True)), i, sets))
+        maps = [resize_map(predictor(data, g)[0], truths[0].shape) for g in sets.values()]
+        worse = min(jaccard(m > 0.5, t) for m, t in zip(maps, truths, strict=True))
+        found.append((worse, i, sets))
     return max(found)[1:]
 
 
 def group_choice(folder: Path) -> Path | None:
     """One drawing of two objects, in a set of either: LCCo's masks and the Baseline's."""
-    experiment = load_profile("embedded").experiment
+    profile = load_profile("embedded")
+    experiment = profile.experiment
     runs = {"LCCo": find_run(experiment), "Baseline": find_run(experiment.replace(BASELINE))}
     if not runs["LCCo"]:
         return None
-    data = load_data("glyphworld_choice")
+    data = load_data("glyphworld_choice", counts=profile.counts)
     i, sets = clearest(runs["LCCo"], data)
     figure, cell, gap = new_figure(3), 1.25, 0.05
     for r, (name, items) in enumerate(sets.items()):

@@ -59,7 +59,7 @@ class Recipe:
     backbone_batch: int = 40
 
 
-SHORT = Recipe(80, 80, 120, (2, 2), (2, 2), 8)
+SHORT = Recipe(40, 40, 120, (1, 1), (1, 1), 8)
 
 
 class Drawings(NamedTuple):
