@@ -505,7 +505,8 @@ class _Maker:
             "versions": {"lcco": __version__, "python": here["python"], **here["versions"]},
         }  # fmt: skip
         said = ", ".join(f"{word} {score:.2f}" for word, score in words[:3])
-        title = f"{len(good)} pictures: {record['note'] or said or 'none could be read'}"
+        many = "1 picture" if len(good) == 1 else f"{len(good)} pictures"
+        title = f"{many}: {record['note'] or said or 'none could be read'}"
         if good:
             self._show(part, record, title)
         write_json(part.out / "result.json", record)
