@@ -1,0 +1,158 @@
+"""The graph: what is planned; the smoke graph from another folder, interrupted and gone on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from lcco.config import load_profile
+from lcco.experiment.plan import all_jobs
+
+ROOT = Path(__file__).parents[1]
+SNAKEMAKE = [sys.executable, "-m", "snakemake", "-s", str(ROOT / "workflow" / "Snakefile")]
+pytestmark = pytest.mark.timeout(600)
+
+
+def environment(base: Path) -> dict[str, str]:
+    keep = {k: v for k, v in os.environ.items() if k not in ("LCCO_DATA", "LCCO_CALLER")}
+    stores = {"LCCO_RUNS": str(base / "runs"), "LCCO_CACHE": str(base / "cache")}
+    return keep | stores | {"PYTHONPATH": str(ROOT), "LCCO_OFFLINE": "1"}
+
+
+def snakemake(base: Path, *words: str) -> subprocess.CompletedProcess:
+    how = {"cwd": base, "env": environment(base), "capture_output": True, "text": True}
+    return subprocess.run([*SNAKEMAKE, *words], **how, timeout=500)
+
+
+# ---------------------------------------------------------------------------------- what is planned
+@pytest.mark.parametrize("profile", ["smoke", "paper"])
+def test_the_plan_lists_a_job_for_each_run_and_notebook(profile, tmp_path):
+    done = snakemake(tmp_path, "-n", "--config", f"profile={profile}")
+    assert done.returncode == 0, done.stderr
+    stats = dict(x.split() for x in (done.stdout + done.stderr).splitlines() if len(x.split()) == 2)
+    books = len(list((ROOT / "notebooks").glob("*.ipynb")))
+    assert int(stats["train"]) == len(all_jobs(load_profile(profile)))
+    assert int(stats["notebook"]) == books and stats["embed"] == stats["report"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("profil=smoke", "did you mean `profile`"), ("profile=smok", "no profile `smok`"),
+        ("profile=7", "not text"), ("notebooks=99", "no notebook `99`"),
+        ("parameters={sedes: [0]}", "did you mean `seeds`"),
+    ],
+)  # fmt: skip
+def test_a_mistaken_setting_is_one_line(given, said, tmp_path):
+    done = snakemake(tmp_path, "-n", "--quiet", "all", "--config", given)
+    line = done.stderr.strip().splitlines()[-1]
+    assert done.returncode and line.startswith("lcco: ") and said in line
+    assert "Traceback" not in done.stderr
+
+
+def test_text_stays_text(tmp_path):
+    (tmp_path / "007.yaml").write_text("base: smoke\n")
+    given = ["profile=007.yaml", 'results="2024_05"', "notebooks=03"]
+    done = snakemake(tmp_path, "-n", "--config", *given)
+    assert done.returncode == 0 and str(tmp_path / "2024_05") in done.stdout + done.stderr
+
+
+def test_slurm_profile_names_known_rules():
+    import yaml
+
+    given = yaml.safe_load((ROOT / "workflow" / "profiles" / "slurm" / "config.yaml").read_text())
+    text = (ROOT / "workflow" / "Snakefile").read_text()
+    assert given["executor"] == "slurm"
+    for rule in (*given["set-threads"], *given["set-resources"]):
+        assert f"rule {rule}:" in text
+
+
+# ---------------------------------------------------------------------------------- the graph runs
+@pytest.fixture(scope="module")
+def graph(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, dict[str, float], str]:
+    """(folder, what was said until Ctrl-C, runs done by then, what the second start said).
+
+    One of its own profiles, given by a path relative to a folder outside the repository.
+    """
+    base = tmp_path_factory.mktemp("graph")
+    (base / "mine.yaml").write_text("base: smoke\nabout: Mine.\nexperiment: {name: mine}\n")
+    words = ["--cores", "2", "--quiet", "all", "--config", "profile=mine.yaml"]
+    words += ["notebooks=03", "results=out"]
+    how = {"cwd": base, "env": environment(base), "text": True, "start_new_session": True}
+    process = subprocess.Popen([*SNAKEMAKE, *words], stderr=subprocess.PIPE, **how)
+    said = ""
+    for line in process.stderr:
+        said += line
+        if "done: train" in line:
+            os.killpg(process.pid, signal.SIGINT)  # Ctrl-C reaches all processes of a terminal
+            break
+    said += process.stderr.read()
+    assert process.wait(60) != 0
+    done = {f.parent.name: f.stat().st_mtime for f in base.glob("runs/*/record.json")}
+    time.sleep(0.1)
+    again = snakemake(base, *words)
+    assert again.returncode == 0, again.stderr
+    return base, said, done, again.stderr
+
+
+def test_it_says_what_it_costs_and_shows_progress(graph):
+    _, said, _, again = graph
+    assert "to do: 1 embedding of all pictures, 4 trainings, 1 notebook, 1 report" in said
+    assert "[1/7] done: embed mine" in said and "about" in again
+    assert "Traceback" not in said + again
+
+
+def test_interrupted_it_goes_on_and_redoes_nothing(graph):
+    base, _, done, again = graph
+    after = {f.parent.name: f.stat().st_mtime for f in base.glob("runs/*/record.json")}
+    assert done and len(after) == 4 and all(after[name] == when for name, when in done.items())
+    assert "embedding" not in again.splitlines()[1] and "done: embed" not in again
+    nothing = snakemake(base, "-n", "--config", "profile=mine.yaml", "notebooks=03", "results=out")
+    assert "Nothing to be done" in nothing.stdout + nothing.stderr
+
+
+def test_it_leaves_tables_the_executed_notebook_and_a_log_for_each_job(graph):
+    base, *_ = graph
+    text = (base / "out" / "README.md").read_text()
+    assert "Table 3" in text
+    made = nbformat.read(base / "out" / "notebooks" / "03_loss_ablation.ipynb", 4)
+    assert any(cell.get("outputs") for cell in made.cells)
+    seconds = json.loads((base / "out" / "seconds.json").read_text())["seconds"]
+    assert sum(name.startswith("train-mine") for name in seconds) == 4
+    logs = sorted(f.name.split("-")[0] for f in base.glob("runs/logs/mine/*.log"))
+    assert logs == ["embed", "notebook", "report", *["train"] * 4]
+
+
+def test_a_failed_job_names_its_log_in_one_line(graph):
+    base, *_ = graph
+    words = ["--cores", "1", "--quiet", "all", "--config", "profile=mine.yaml", "notebooks=03"]
+    done = snakemake(base, *words, "results=other", "parameters={seeds: [-1]}")
+    failed = [line for line in done.stderr.splitlines() if "failed: notebook" in line]
+    assert done.returncode and len(failed) == 1
+    log = Path(failed[0].rpartition("log: ")[2].rstrip(")"))
+    assert "`seed`" in failed[0] and log.is_file()
+
+
+def test_what_is_not_here_is_tried_again(tmp_path):
+    sys.path.insert(0, str(ROOT / "workflow"))
+    try:
+        import jobs
+    finally:
+        sys.path.pop(0)
+    job = all_jobs(load_profile("smoke"), ["03"])[0]
+    marker = tmp_path / "scored.json"
+    assert not jobs.stale(marker, job)
+    marker.write_text(json.dumps(dict.fromkeys(jobs.wanted(job))))
+    assert not jobs.stale(marker, job)
+    marker.write_text(json.dumps(dict.fromkeys(jobs.wanted(job), "not run: data not found (x)")))
+    assert jobs.stale(marker, job)
+    marker.write_text(json.dumps({}))
+    assert jobs.stale(marker, job)
