@@ -208,7 +208,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def validated(kind: Any, value: Any, where: str = "") -> Any:
-    """`value` as `kind`. Raises: LCCoError with one line: the setting, what it is, what it must be."""
+    """`value` as `kind`. Raises: LCCoError naming the setting, what it is and must be."""
     try:
         return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
@@ -269,7 +269,7 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     out = dict(base)
     for key, value in over.items():
         both = isinstance(value, Mapping) and isinstance(out.get(key), Mapping)
-        out[key] = _merged(out[key], value) if both and key != "counts" else value
+        out[key] = _merged(out[key], value) if both else value
     return out
 
 
