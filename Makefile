@@ -9,7 +9,7 @@ PIP_ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/installed
 GRAPH = $(BIN)/python -m snakemake --quiet all --cores $(CORES)
-GIVEN = --config 'profile="$(PROFILE)"' 'notebooks="$(NOTEBOOKS)"'
+GIVEN = --config 'profile=$(PROFILE)' 'notebooks=$(NOTEBOOKS)'
 
 .PHONY: help venv reproduce report test mutants lint clean
 

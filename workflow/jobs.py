@@ -207,10 +207,7 @@ def forecast(jobs: Iterable[Any], folder: Path, logs: Path, cores: int) -> str:
     counts: dict[str, int] = {}
     seconds, unknown = 0.0, 0
     for job in jobs:
-        rule = job.rule.name
-        if rule == "all":
-            continue
-        counts[rule] = counts.get(rule, 0) + 1
+        counts[job.rule.name] = counts.get(job.rule.name, 0) + 1
         name = Path(str(job.benchmark)).stem
         alike = [s for n, s in before.items() if n.split("-")[0] == name.split("-")[0]]
         known = before.get(name, fmean(alike) if alike else None)
@@ -218,16 +215,15 @@ def forecast(jobs: Iterable[Any], folder: Path, logs: Path, cores: int) -> str:
         seconds += (known or 0) / max(1, cores // job.threads)
     if not counts:
         return "to do: nothing, all of it is done"
-    words = [f"{n} {RULES[rule]}{'s' * (n > 1)}" for rule, n in counts.items()]
+    found = {word: counts[rule] for rule, word in RULES.items() if rule in counts}
+    words = [f"{n} {word}{'s' * (n > 1)}" for word, n in found.items()]
     about = f"about {duration(seconds)}" if seconds else "time not known before the first run"
     more = f", and {unknown} jobs of unknown length" if seconds and unknown else ""
     return f"to do: {', '.join(words)}: {about}{more}"
 
 
-RULES = {
-    "embed": "embedding of all pictures", "train": "training", "notebook": "notebook",
-    "report": "report", "html": "page",
-}  # fmt: skip
+RULES = {"embed": "embedding", "train": "training", "notebook": "notebook", "report": "report",
+         "html": "set of pages"}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------- the edges
@@ -245,7 +241,8 @@ def settings(config: Mapping[str, Any], caller: Path) -> dict[str, Any]:
         given["notebooks"] = f"{given['notebooks']:02d}"
     for key, value in given.items():
         if key != "parameters" and not isinstance(value, str | None):
-            raise LCCoError(f"`{key}` is {value!r}, not text; quote it: --config '{key}=\"…\"'")
+            said = f"`{key}` was read as {value!r}, not as text"
+            raise LCCoError(f"{said}; write it as a path: --config {key}=./…")
     out = given | {"parameters": typed(given["parameters"], dict, "parameters")}
     if out["profile"].endswith((".yaml", ".yml")):
         out["profile"] = str(caller / Path(out["profile"]).expanduser())
