@@ -7,15 +7,14 @@ Every number is a row (`ROW_FIELDS`), in per cent. The paper's numbers are read 
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
-from functools import cache, lru_cache
+from functools import cache
 from html import escape
 from itertools import combinations, product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from lcco.common import LCCoError, Missing, duration, few
 from lcco.config import TRAINING_VERSION, Experiment, Profile, load_profile, profile_names
@@ -37,38 +36,25 @@ SHARES = (
 MEASURED, QUOTED = "measured", "not run: quoted from the paper"
 PAPER = Path(__file__).parents[1] / "paper"
 PAPER_SETS = dict(msrc7="MSRC", internet300="Internet", icoseg8="iCoseg", pascal1037="PASCAL")
-LABELS = {
-    "msrc7": "MSRC7", "msrc14": "MSRC (14)", "internet300": "Internet", "icoseg8": "iCoseg",
-    "icoseg38": "iCoseg (38)", "pascal1037": "PASCAL", "pascal_fold_train": "PASCAL (60%)",
-    "pascal_fold_test": "PASCAL (40%)", "voc_train": "VOC train", "voc_val": "VOC val",
-    "coco_seg": "COCO", "glyphworld_test": "GlyphWorld", "glyphworld_choice": "GlyphWorld choice",
-    "row": "", "test_set": "test set", "train_set": "trained on", "trained_on": "trained on",
-    "uses_class_labels": "class labels", "group_size": "set size", "change_P": "P change",
-    "change_J": "J change", "J_Baseline": "Baseline J", "J_LCCo": "LCCo J", "top_1": "top-1",
-    "top_k": "top-K", "i_star": "i*", "false_alarms": "false alarms", "empty_area": "area there",
-    "J_nonempty": "J elsewhere", "absent": "images without the object:", "True": "✓", "False": "",
-    "isfc": "ISFC", "clip_interaction": "CLIP inter.", "clip_regularization": "CLIP reg.",
-    "as printed": "Printed in the paper", "protocol": "protocol",
-}  # fmt: skip
-ORDER = (
-    "table1_main", "choice", "per_class", "per_class_choice", "words", "mixed_sets",
-    "table2_components", "table3_losses", "table4_k", "table4_k_test_time", "more_images",
-    "table5_foundation", "fig3_norms", "cost", "interpretations",
-)  # fmt: skip
-BESIDE = dict(fig4="table1_main", best_worst="words", fig5="table2_components")
+PRINTED = ["paper_test_set", "paper_P", "paper_J"]
 
 
-def label(name: Any) -> str:
-    """A name as people read it: `pascal1037` is PASCAL."""
-    return LABELS.get(str(name), LABELS.get(str(name).partition(":")[0], str(name)))
-
-
-@lru_cache
+@cache
 def paper_table(name: str) -> pd.DataFrame:
     """A table of the paper as printed, e.g. `table1_main`: every cell is text, "" if empty."""
     import pandas as pd
 
     return pd.read_csv(PAPER / f"{name}.csv", dtype=str, keep_default_na=False)
+
+
+@cache
+def _labels() -> dict[str, str]:
+    return dict(paper_table("labels").to_numpy())
+
+
+def label(name: Any) -> str:
+    """A name as people read it: `pascal1037` is PASCAL."""
+    return _labels().get(str(name), str(name))
 
 
 # -------------------------------------------------------------------------------------------- rows
@@ -139,39 +125,49 @@ def _scored(get: Callable, test: Any, protocols: Sequence[str], size: int, how: 
         return dict.fromkeys(protocols, {"status": error.status})
 
 
+def _printed(table: str) -> pd.DataFrame:
+    """A table of the paper with a line for each test set it is printed for: iCoseg, but Table 1."""
+    import pandas as pd
+
+    wide = paper_table(table)
+    where = [(test, f"{on}_") for test, on in PAPER_SETS.items()]
+    where = where if table == "table1_main" else [("icoseg8", "")]
+    long = [wide.assign(paper_test_set=t, paper_P=wide[f"{on}P"], paper_J=wide[f"{on}J"])
+            for t, on in where]  # fmt: skip
+    long = pd.concat(long).sort_index(kind="stable").replace({"paper_P": {"": None}})
+    return long.replace({"paper_J": {"": None}}).dropna(subset=PRINTED[1:], how="all")
+
+
 def with_paper(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows with the paper's P and J of the row of that name, and the set they are printed for.
 
-    Table 1 has them by test set, for LCCo and the kind of its training set; the others on iCoseg.
+    Table 1's depend on the test set and on the kind of training set.
     """
     table = str(rows["table"].iloc[0]) if len(rows) else ""
-    paper = paper_table(table) if (PAPER / f"{table}.csv").is_file() else {}
-    rows = rows.copy()
-    for at, r in rows[rows["protocol"] != "choice"].iterrows() if len(paper) else ():
-        lines, test, on = paper[paper.iloc[:, 0] == r["row"]], "icoseg8", ""
-        if table == "table1_main":
-            kinds = {"coco": "COCO", "voc": "PASCAL", "pascal": "PASCAL"}
-            kind = next((k for name, k in kinds.items() if name in str(r["train_set"])), "")
-            test, lines = r["test_set"], lines[lines["train_set"] == kind]
-            on = f"{PAPER_SETS.get(test)}_"
-        if len(lines) and f"{on}J" in paper:
-            printed = lines[[f"{on}P", f"{on}J"]].iloc[0]
-            rows.loc[at, ["paper_test_set", "paper_P", "paper_J"]] = [test, *printed]
-    return rows
+    if not (PAPER / f"{table}.csv").is_file():
+        return rows
+    own, on = rows.drop(columns=PRINTED), ["row"]
+    printed = _printed(table).rename(columns={"train_set": "kind"})
+    if table == "table1_main":
+        on, kinds = ["row", "test_set", "kind"], {"coco": "COCO", "voc": "PASCAL"}
+        trained = own["train_set"].astype(str).str.extract("(coco|voc|pascal)")[0]
+        own["kind"] = trained.replace(kinds | {"pascal": "PASCAL"})
+        printed["test_set"] = printed["paper_test_set"]
+    out = own.merge(printed[[*dict.fromkeys([*on, *PRINTED])]], how="left", on=on)
+    out.loc[out["protocol"] == "choice", PRINTED] = None
+    return out.set_index(rows.index)[rows.columns]
 
 
 def quoted_rows(profile: Profile) -> pd.DataFrame:
     """The paper's own Table 1 as rows without measured cells, one a method and test set."""
     import pandas as pd
 
-    rows, paper = [], paper_table("table1_main").replace("", None)
-    for line, (test, on) in product(paper.to_dict("records"), PAPER_SETS.items()):
-        cells = {k: line[k] for k in ("train_set", "uses_class_labels")}
-        cells |= {"paper_P": line[f"{on}_P"], "paper_J": line[f"{on}_J"], "status": QUOTED}
-        cells |= {"test_set": test, "paper_test_set": test, "protocol": "as printed"}
-        name = line["citation"] + (" (LCCo)" if line["method"] == "LCCo" else "")
-        if cells["paper_P"] or cells["paper_J"]:
-            rows.append(row("table1_main", name, profile, **cells))
+    rows, kept = [], [*PRINTED, "train_set", "uses_class_labels"]
+    for line in _printed("table1_main").to_dict("records"):
+        name = line["citation"] + (" (LCCo)" if line["row"] == "LCCo" else "")
+        cells = {k: line[k] for k in kept} | {"test_set": line["paper_test_set"]}
+        cells |= {"protocol": "as printed", "status": QUOTED}
+        rows.append(row("table1_main", name, profile, **cells))
     return pd.DataFrame(rows)
 
 
@@ -216,13 +212,6 @@ def _over_seeds(frame: pd.DataFrame, by: list[str]) -> pd.DataFrame:
 
 
 # ------------------------------------------------------------------------------ tables for people
-class Cell(NamedTuple):
-    text: str = ""
-    mean: float | None = None
-    sd: float | None = None
-    seeds: tuple[Any, ...] = ()
-
-
 @dataclass
 class Table:
     """Rows laid out for people: a part for each `block`, a line for each `index`.
@@ -246,72 +235,66 @@ class Table:
 
     def __post_init__(self) -> None:
         self.footnotes: dict[str, list[str]] = {}  # text → names for its brackets
-        slips = paper_table("footnotes").query(f"table == '{self.name}'").to_dict("records")
-        self.slips = {(s["row"], s["test_set"]): s["note"] for s in slips}
         self.parts = {
             f"{label(self.block)} {label(b)}" if b != "as printed" else label(b): self._part(part)
             for b, part in self.rows.groupby(self.block, sort=False)
         }
 
-    def _mark(self, text: str, name: str = "") -> str:
-        names = self.footnotes.setdefault(text, [])
-        names += [name] if name and name not in names else []
-        return str(list(self.footnotes).index(text) + 1).translate(RAISED)
-
-    def _cell(self, rows: pd.DataFrame, value: str) -> Cell:
-        """The one place where the rows of a line and a column become what is printed."""
-        found = rows[value].dropna() if value in rows else ()
-        if len(found) and value.startswith("paper_"):
-            name, test = rows.loc[found.index[0], ["row", "paper_test_set"]]
-            slips = self.slips.items() if value == "paper_J" else ()
-            marks = [self._mark(note) for (r, t), note in slips if r and r in name and t == test]
-            return Cell("".join([found.iloc[0], *marks]))
-        if len(found):
-            mean, sd, several = found.mean(), found.std(), len(found) > 1
-            sign, d = "+" * value.startswith("change_"), self.decimals
-            text = f"{mean:{sign}z,.{d}f}" + (f" ± {sd:.{d}f}" if several else "")
-            seeds = tuple(sorted(rows["seed"][found.index]))
-            return Cell(text, mean, sd if several else None, seeds)
-        status = rows["status"].iloc[0] if len(rows) else MEASURED
-        why, _, name = status.partition(" (")
-        silent = status in (MEASURED, QUOTED)
-        return Cell() if silent else Cell("–" + self._mark(f"N{why[1:]}", name.rstrip(")")))
-
     def _part(self, part: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
         """The texts of one part, and which are best; columns are (group, value)."""
         import pandas as pd
 
-        stubs = part[list(self.index)].fillna("").astype(str).map(label)
-        names, printed = stubs.agg("\0".join, axis=1), part["paper_test_set"]
-        lines = list(dict.fromkeys(names))
-        text = {("", label(f)): [x.split("\0")[n] for x in lines] for n, f in enumerate(self.index)}
-        bold = {head: [False] * len(lines) for head in text}
-        groups = list(dict.fromkeys(part[self.columns]))
-        rest = [p for p in printed.dropna().unique() if p not in groups]
-        for group in [*groups, *rest]:
-            own = part[(part[self.columns] == group) | ((printed == group) & (group in rest))]
-            on = PAPER_SETS.get(group, label(group))
-            on = on if (part["status"] == QUOTED).all() else f"paper ({on})"
-            heads = [(label(group), v, v) for v in self.values] if group in groups else []
-            heads += [(on, v, f"paper_{v}") for v in "PJ"] if (printed == group).any() else []
-            by, none = dict(list(own.groupby(names, sort=False))), own.iloc[:0]
-            for head, value, source in heads:
-                cells = [self._cell(by.get(line, none), source) for line in lines]
-                before = text.get((head, self.values[0]), [""])
-                if any(c.text for c in cells) and not all(t.startswith("–") for t in before):
-                    text[head, label(value)] = [c.text for c in cells]
-                    bold[head, label(value)] = self._best(cells, value in self.lower)
-        return pd.DataFrame(text), pd.DataFrame(bold)
+        names = part[list(self.index)].fillna("").astype(str).map(label)
+        part = part.assign(line=names.agg("\0".join, axis=1))
+        stubs = names.groupby(part["line"], sort=False).first()
+        text, best = {("", label(f)): stubs[f] for f in self.index}, {}
+        quoted = (part["status"] == QUOTED).all()
+        for group in dict.fromkeys([*part[self.columns], *part["paper_test_set"].dropna()]):
+            own, printed = (part[part[c] == group] for c in (self.columns, "paper_test_set"))
+            for value in self.values:
+                head = label(group), label(value)
+                text[head], best[head] = self._measured(own, value)
+                if text[head].str.startswith("–").all():
+                    break  # one column says that nothing was run
+            for value in "PJ":
+                head = label(group) if quoted else f"paper ({label(group)})", value
+                text[head] = printed.groupby("line", sort=False)[f"paper_{value}"].first()
+        text = pd.DataFrame(text, index=stubs.index).fillna("")
+        text = text[[head for head in text if not head[0] or text[head].ne("").any()]]
+        bold = pd.DataFrame({head: text.index == best.get(head) for head in text})
+        return text.reset_index(drop=True), bold
 
-    def _best(self, cells: Sequence[Cell], lowest: bool) -> list[bool]:
-        """Which cell is best beyond doubt: several seeds, the same for all, and no overlap."""
-        known = sorted((c for c in cells if c.sd is not None), key=lambda c: c.mean)
-        alike = len({c.seeds for c in cells if c.mean is not None}) == 1
-        if not self.unit or not alike or len(known) < 2:
-            return [False] * len(cells)
-        first, second = (known if lowest else known[::-1])[:2]
-        clear = abs(first.mean - second.mean) > first.sd + second.sd
-        return [bool(clear and c is first) for c in cells]
+    def _measured(self, rows: pd.DataFrame, value: str) -> tuple[pd.Series, str | None]:
+        """Line → what is printed; and the line that is best beyond doubt.
+
+        That is: over several seeds, the same in all lines, and with no overlap with the next one.
+        """
+        import pandas as pd
+
+        known = rows.dropna(subset=[value]) if value in rows else rows[:0]
+        others = rows[~rows["line"].isin(known["line"])].groupby("line", sort=False)
+        why = others["status"].first().map(self._status)
+        if known.empty:
+            return why, None
+        by = known.astype({value: float}).groupby("line", sort=False)
+        stat, sign = by[value].agg(["mean", "std"]), "+" * value.startswith("change_")
+        text = stat["mean"].map(f"{{:{sign}z,.{self.decimals}f}}".format)
+        text += stat["std"].map(f" ± {{:.{self.decimals}f}}".format).where(stat["std"].notna(), "")
+        rank = stat.dropna().sort_values("mean", ascending=value in self.lower)
+        if self.unit and len(rank) > 1 and by["seed"].apply(frozenset).nunique() == 1:
+            first, second = rank.iloc[0], rank.iloc[1]
+            if abs(first["mean"] - second["mean"]) > first["std"] + second["std"]:
+                return pd.concat([text, why]), first.name
+        return pd.concat([text, why]), None
+
+    def _status(self, status: str) -> str:
+        """A dash with its footnote's number; names (`(msrc7)`) that share a reason share it."""
+        if status in (MEASURED, QUOTED):
+            return ""
+        why, _, name = status.partition(" (")
+        names = self.footnotes.setdefault(f"N{why[1:]}", [])
+        names += [name.rstrip(")")] if name and name.rstrip(")") not in names else []
+        return "–" + "¹²³⁴⁵⁶⁷⁸⁹"[list(self.footnotes).index(f"N{why[1:]}")]
 
     def styler(self, part: str = "") -> Styler:
         """One part (the first by default) as a pandas Styler."""
@@ -339,86 +322,52 @@ class Table:
 
     def latex(self) -> str:
         r"""A booktabs table for each part, to be `\input`; the notes stand under the last."""
-        out = []
-        for n, (part, (text, _)) in enumerate(self.parts.items(), 1):
-            tex = self.styler(part).format(_tex).format_index(_tex, axis=1).to_latex(
-                column_format="".join("r" if group else "l" for group, _ in text), hrules=True,
-                multicol_align="c", position_float="centering", convert_css=True,
-                caption=_tex(f"{self.title}, {part}."), label=f"tab:{self.name}-{n}",
-            )
-            if text.shape[1] > 9:  # as wide as the page
-                tex = tex.replace(r"\begin{tabular}", r"\resizebox{\linewidth}{!}{\begin{tabular}")
-                tex = tex.replace(r"\end{tabular}", r"\end{tabular}}")
-            out.append(tex)
-        notes = [rf"\par\smallskip\footnotesize {_tex(note)}" for note in self.all_notes()]
-        body = "\n".join(out).removesuffix("\\end{table}\n")
-        return body + "\n".join([*notes, "\\end{table}", ""])
+        tabulars, how = {}, {"hrules": True, "multicol_align": "c", "convert_css": True}
+        for part, (text, _) in self.parts.items():
+            sides = "".join("r" if group else "l" for group, _ in text)
+            shown = self.styler(part).format(_tex).format_index(_tex, axis=1)
+            tabulars[part] = shown.to_latex(column_format=sides, **how)
+        return _render("table.tex", table=self, tabulars=tabulars, tex=_tex)
 
-    # -------------------------------------------------------------------------------------- notes
     def all_notes(self) -> list[str]:
         """What stands below: footnotes, how to read it, what it was made with, slips in print."""
-        out = []
-        for n, (text, names) in enumerate(self.footnotes.items(), 1):
-            brackets = f" ({few(names, 9)})" if names else ""
-            out.append(f"{str(n).translate(RAISED)} {text.rstrip('.')}{brackets}.")
         done = self.rows[self.rows["status"] == MEASURED]
-        if len(done) and self.unit:
-            out += [*self._made_with(done), *self._provenance(done)]
-        if printed := [PAPER_SETS.get(p, p) for p in self.rows["paper_test_set"].dropna().unique()]:
-            on = few(printed, 9)
-            out.append(f"“paper”: as printed there for {on}, at its own data and backbone.")
-        tests = {"", *self.rows["test_set"]}
-        slips = [note for (name, test), note in self.slips.items() if not name and test in tests]
-        return [*out, *slips, *self.notes]
-
-    def _made_with(self, done: pd.DataFrame) -> list[str]:
+        slips = paper_table("footnotes").query(f"table == '{self.name}'")
+        slips = slips[slips["test_set"].isin(["", *self.rows["test_set"]])]["note"]
+        counts = done[done["absent"] == 0] if "absent" in done else done  # no intruders
         per = done.groupby([*self.index, "test_set", "protocol"], dropna=False)["seed"].nunique()
-        seeds = sorted({int(s) for s in done["seed"].dropna()})
-        spread = f"one seed ({few(seeds)})"
-        if len(seeds) > 1:
-            most = f"{'up to ' if per.min() < len(seeds) else ''}{len(seeds)} seeds"
-            spread = f"mean ± standard deviation over {most}"
-        if any(bold.any(axis=None) for _, bold in self.parts.values()):
-            spread += "; bold: best, where mean ± deviation does not overlap with the next best's"
-        sizes = few(done["group_size"].dropna().astype(int).unique(), 9)
-        whole = done[done["absent"] == 0] if "absent" in done else done  # no intruders
-        images = whole.groupby("test_set", sort=False)["images"].max().dropna()
-        counts = ", ".join(f"{label(test)} {n:,.0f}" for test, n in images.items())
-        known = ("profile", "backbone", "tower", "vocabulary", "train_set")
-        what = [f"{label(k)} {few([*map(label, done[k].dropna().unique())])}" for k in known]
-        made = f"{self.unit}; {spread}; sets of {sizes} images; scored: {counts}."
-        return [made, f"{'; '.join(what)}."]
+        given = {
+            "done": done if self.unit else done[:0],
+            "seeds": sorted(done["seed"].dropna().astype(int).unique()), "fewest": per.min(),
+            "bold": any(bold.any(axis=None) for _, bold in self.parts.values()),
+            "counts": counts.groupby("test_set", sort=False)["images"].max().dropna().to_dict(),
+        }  # fmt: skip
+        text = _render("notes", table=self, slips=slips, trained=self._trained(done), **given)
+        return [line for line in text.splitlines() if line]
 
-    def _provenance(self, done: pd.DataFrame) -> list[str]:
-        """What a reader should know of how the models behind the rows were trained."""
-        records = {n: r for n, r in self.runs.items() if "training" in r and n in set(done["run"])}
-        usual = next(iter(_devices(records)), "")
-        told: dict[str, list[str]] = {}
-        for n, r in records.items():
-            here = {"commit": None, "dirty": None, "device": None} | r.get("environment", {})
-            commit, dirty = here.get("git", here["commit"]), here.get("git_dirty", here["dirty"])
-            for how, true in {
-                "from an edited checkout": dirty,
-                "from an unknown commit": dirty is None or len(commit or "") < 12,
-                "by older training code": r.get("training_version", 1) < TRAINING_VERSION,
-                f"on {here['device']}, unlike the others": here["device"] != usual,
-            }.items():
-                told |= {how: [*told.get(how, []), n]} if true else {}
-        out = [f"Trained {how}: {self._lines(done, own, records)}." for how, own in told.items()]
-        held = {t for r in records.values() for t in r["experiment"]["data"]["holdout"]}
-        chose = done["chose_weights"].fillna(0) > 0 if "chose_weights" in done else False
-        for test in done.loc[done["test_set"].isin(held) | chose, "test_set"].unique():
-            what = "was not trained on, but pictures of it chose the weights: no clean test"
-            out.append(f"{label(test)} {what}.")
-        return out
+    def _trained(self, done: pd.DataFrame) -> dict[str, list[str]]:
+        """What a reader should know of how the models behind the rows were trained → which ones."""
+        runs = _trainings(self.runs)
+        runs, out = runs[runs.index.isin(done["run"])], {}
+        told = {
+            "from an edited checkout": runs["dirty"].eq(True),
+            "from an unknown commit": runs["dirty"].isna() | ~runs["commit"].str.len().ge(12),
+            "by older training code": runs["version"].fillna(1) < TRAINING_VERSION,
+        }
+        for device in runs["device"].value_counts().index[1:]:
+            told[f"on {device}, unlike the others"] = runs["device"] == device
+        for how, true in told.items():
+            seeds = done[done["run"].isin(runs.index[true])].groupby("row", sort=False)["seed"]
+            which = [f"{r} (seed {few(sorted(s.astype(int).unique()), 9)})" for r, s in seeds]
+            out[how] = ["all"] if true.all() else which
+        return {how: which for how, which in out.items() if which}
 
-    def _lines(self, done: pd.DataFrame, names: list[str], of: Mapping[str, Any]) -> str:
-        """`LCCo (seed 0), ISFC (seed 0, 1)`: the rows of these runs, or all but a few."""
-        most = len(names) > len(of) / 2
-        own = done[done["run"].isin([n for n in of if (n in names) != most])]
-        seeds = own.groupby("row", sort=False)["seed"].unique()
-        said = few([f"{r} (seed {few(sorted(map(int, s)), 9)})" for r, s in seeds.items()], 9)
-        return f"all{' but ' if said else ''}{said}" if most else said
+    def chose(self) -> list[str]:
+        """The test sets whose pictures chose weights of the models behind the rows."""
+        held = self.rows["test_set"].isin(_trainings(self.runs)["holdout"].dropna().explode())
+        if "chose_weights" in self.rows:
+            held |= self.rows["chose_weights"] > 0
+        return list(self.rows.loc[held, "test_set"].unique())
 
     def write(self, folder: Path, runs: Iterable[Any] | None = None) -> Table:
         """Write `<name>.csv`, `.md`, `.tex` and `.records.json`; give the table to be shown.
@@ -438,8 +387,7 @@ class Table:
                 known[run.path.name] = run.record
         names = self.rows["run"].dropna().unique()
         self.runs = {n: known[n] if n in known else open_run(n).record for n in names}
-        layout = {f.name: getattr(self, f.name) for f in fields(self)}
-        del layout["rows"], layout["runs"]
+        layout = {f.name: getattr(self, f.name) for f in fields(self)[2:-1]}
         write_text(file, self.rows.to_csv(index=False, lineterminator="\n"))
         write_text(file.with_suffix(".md"), self.markdown())
         write_text(file.with_suffix(".tex"), self.latex())
@@ -451,132 +399,93 @@ def read_table(csv: Path) -> Table:
     """A written table again. Raises: LCCoError naming a file that is missing or holds no rows."""
     import pandas as pd
 
-    csv = Path(csv)
+    csv, old = Path(csv), {"stub": "index", "across": "columns", "metrics": "values"}
     try:
-        rows = pd.read_csv(csv, dtype=dict.fromkeys(("paper_test_set", "paper_P", "paper_J"), str))
+        rows = pd.read_csv(csv, dtype=dict.fromkeys(PRINTED, str))
         stored = read_json(csv.with_suffix(".records.json"))
     except (OSError, ValueError) as error:
         raise LCCoError(f"{csv}: not a written table ({error}); run its notebook again") from None
-    if "paper_test_set" not in rows:  # written before there was this column
-        on = rows["test_set"] if csv.stem == "table1_main" else pd.Series("icoseg8", rows.index)
-        rows["paper_test_set"] = on.where(rows[["paper_P", "paper_J"]].notna().any(axis=1))
-    old = {"stub": "index", "across": "columns", "metrics": "values"}
     layout = {old.get(key, key): value for key, value in stored["layout"].items()}
-    return Table(**{"name": csv.stem, **layout}, rows=rows, runs=stored["runs"])
+    rows = rows.reindex(columns=[*dict.fromkeys([*ROW_FIELDS, *rows])])
+    return Table(csv.stem, rows, **layout, runs=stored["runs"])
 
 
-RAISED = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
-_TEX = str.maketrans(
-    {c: "\\" + c for c in "&%$#_{}"}
-    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    | {"–": "--", "“": "``", "”": "''", "±": r"$\pm$", "×": r"$\times$", "✓": r"\checkmark{}"}
-    | {"λ": r"$\lambda$", "→": r"$\to$", "≥": r"$\ge$", "⊙": r"$\odot$"}
-    | {chr(raised): rf"\textsuperscript{{{chr(plain)}}}" for plain, raised in RAISED.items()}
-)
+def _render(template: str, **given: Any) -> str:
+    import jinja2
+
+    room = jinja2.Environment(
+        loader=jinja2.PackageLoader("lcco", "."), trim_blocks=True, lstrip_blocks=True
+    )
+    room.globals = {"label": label, "few": few, "names": lambda s: few([*map(label, s)], 9)}
+    return room.get_template(f"{template}.jinja").render(given)
 
 
 def _tex(text: Any) -> str:
     """Text for LaTeX: its own characters escaped, symbols and losses as mathematics."""
-    return re.sub(r"\bL\\_(iou|cs|c)\b", r"$\\mathcal{L}_{\1}$", str(text).translate(_TEX))
+    symbols = str.maketrans(dict(paper_table("latex").to_numpy()))
+    return re.sub(r"\bL\\_(iou|cs|c)\b", r"$\\mathcal{L}_{\1}$", str(text).translate(symbols))
 
 
 # ------------------------------------------------------------------------------- pages of results
+def _trainings(runs: Mapping[str, Any]) -> pd.DataFrame:
+    """Where, how long and by which code each of the runs was trained; a line for each."""
+    import pandas as pd
+
+    names = {"environment.device": "device", "environment.commit": "commit",
+             "environment.dirty": "dirty", "training_version": "version", "seconds": "seconds",
+             "experiment.data.holdout": "holdout"}  # fmt: skip
+    trained = {n: r for n, r in runs.items() if "training" in r}
+    facts = pd.json_normalize(list(trained.values())).reindex(columns=list(names))
+    return facts.rename(columns=names).set_axis(list(trained)).astype({"commit": "string"})
+
+
 def _written(folder: Path) -> list[Table]:
     """Every table that was written into a folder, Table 1 first."""
+    order = list(paper_table("order")["table"])
     names = sorted(f.name.removesuffix(".records.json") for f in folder.glob("*.records.json"))
-    names.sort(key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
+    names.sort(key=lambda name: order.index(name) if name in order else len(order))
     return [read_table(folder / f"{name}.csv") for name in names]
 
 
-def _said(table: Table) -> dict[str, list[str]]:
-    """Line → [`MSRC7 95.3 / 78.3 ± 0.2`, …]: P / J in a table's first part."""
-    (text, _), out = next(iter(table.parts.values())), {}
-    for _, line in text.iterrows():
-        groups = dict.fromkeys(g for g, _ in text if g and not g.startswith("paper ("))
-        pairs = {g: " / ".join(line.get((g, v), "") or "–" for v in "PJ") for g in groups}
-        name = f"{label(table.index[0])} {line.iloc[0]}".strip()
-        out[name] = [f"{g} {'not run' if p[0] == '–' else p}" for g, p in pairs.items()]
-    return out
-
-
-def _printed(name: str) -> dict[str, list[str]]:
-    """Line → [P / J] of a table of the paper; of Table 1 the paper's own method alone."""
-    out = {}
-    for x in paper_table(name).to_dict("records") if (PAPER / f"{name}.csv").is_file() else ():
-        if name == "more_images":
-            line = f"{x['method']}, from {x['images_from']} to {x['images_to']} images"
-            out[line] = [f"P {float(x['delta_P']):+}", f"J {float(x['delta_J']):+}"]
-        elif name != "table1_main":
-            out[x.get("row") or x["method"]] = [f"{x['P']} / {x['J']}"]
-        elif x["method"] == "LCCo":
-            pairs = [f"{on} {x[on + '_P']} / {x[on + '_J']}" for on in PAPER_SETS.values()]
-            out[f"LCCo, trained on {x['train_set']}"] = pairs
-    return out
+def _page(readme: Path, template: str, **given: Any) -> Path:
+    text = _render(template, **given)
+    write_text(readme, re.sub(r"\n{3,}", "\n\n", text).strip() + "\n")
+    return readme
 
 
 def _about(profile: str) -> str:
     return load_profile(profile).about.strip() if profile in profile_names() else ""
 
 
-def _devices(runs: Mapping[str, Any]) -> dict[str, int]:
-    """Device → how many runs were trained on it, the most first."""
-    found = Counter(r.get("environment", {}).get("device") for r in runs.values())
-    return dict(found.most_common())
-
-
-def _made_on(runs: Mapping[str, Any]) -> str:
-    timed = [r["seconds"] for r in runs.values() if r.get("seconds")]
-    where = ", ".join(f"{n} on {device}" for device, n in _devices(runs).items()) or "none"
-    untimed = len(runs) - len(timed)
-    lack = f"; of {untimed} the time was not recorded" if untimed else ""
-    return f"Trainings behind these tables: {where}; {duration(sum(timed))} in all{lack}."
-
-
 def results_readme(folder: Path) -> Path:
-    """Write a results folder's README.md: headline, tables with their figures, machines, time."""
+    """Write a results folder's README.md: its tables with their figures, machines, time."""
     from lcco.experiment.figures import caption
 
     folder, tables = Path(folder), _written(Path(folder))
-    out = [f"# Results at profile `{folder.name}`"]
-    for table in tables[:1]:
-        lines = "; ".join(f"{line}: {', '.join(said)}" for line, said in _said(table).items())
-        out.append(f"**{lines}** (P / J in per cent, {next(iter(table.parts))}).")
-    books = [f"[{b.stem}](notebooks/{b.name})" for b in sorted(folder.glob("notebooks/*.ipynb"))]
-    out += [_about(folder.name), f"The notebooks as they ran: {', '.join(books) or 'not kept'}."]
-    left = sorted(folder.glob("*.png"))
-    for name, table in [*((t.name, t) for t in tables), ("", None)]:
-        if table:
-            out += ["#" + table.markdown().strip(), f"Files: [csv]({name}.csv), [tex]({name}.tex)"]
-        for png in [f for f in left if not table or name in (f.stem, BESIDE.get(f.stem))]:
-            out += [f"![{png.stem}]({png.name})", f"{caption(png)} [pdf]({png.stem}.pdf)"]
-            left.remove(png)
-    runs = {n: r for t in tables for n, r in t.runs.items() if "training" in r}
-    out += ["## Made on", _made_on(runs)]
-    write_text(folder / "README.md", "\n\n".join(filter(None, out)) + "\n")
-    return folder / "README.md"
-
-
-INDEX = (
-    "The paper's tables beside what was measured here: P / J in per cent under a table's first "
-    "protocol, mean ± standard deviation over seeds. The profiles differ in data, backbone and "
-    "image–text tower from the paper and from each other, so their numbers do not compare with "
-    "the paper's, which in Tables 2 to 5 are for iCoseg. “–”: not part of it."
-)
+    captions = {png.stem: caption(png) for png in sorted(folder.glob("*.png"))}
+    order = {t: figures.split() for t, figures in paper_table("order").to_numpy()}
+    beside = {t.name: order.get(t.name, [t.name]) for t in tables}
+    rest = [c for c in captions if not any(c in own for own in beside.values())]
+    runs = _trainings({name: run for t in tables for name, run in t.runs.items()})
+    return _page(
+        folder / "README.md", "profile.md", name=folder.name, about=_about(folder.name),
+        books=sorted(folder.glob("notebooks/*.ipynb")), tables=tables, captions=captions,
+        beside=beside, rest=rest, devices=runs["device"].value_counts().to_dict(),
+        time=duration(runs["seconds"].sum()), untimed=runs["seconds"].fillna(0).eq(0).sum(),
+    )  # fmt: skip
 
 
 def results_index(results: Path) -> Path:
-    """Write results/README.md: the paper's tables, and what each profile measured beside them."""
+    """Write results/README.md: J of all profiles beside each other, and what the paper prints."""
+    import pandas as pd
+
     folders = [f for f in sorted(Path(results).iterdir()) if any(f.glob("*.records.json"))]
-    profiles = {f.name: {t.name: t for t in _written(f)} for f in folders if f.name != "smoke"}
-    out = ["# Results", INDEX, *(f"- [`{p}`]({p}/README.md): {_about(p)}" for p in profiles)]
-    for name in ORDER:
-        own = {p: t[name] for p, t in profiles.items() if name in t and "J" in t[name].values}
-        columns = {"paper": _printed(name), **{p: _said(table) for p, table in own.items()}}
-        body = [["", *columns], ["---"] * (len(columns) + 1)]
-        for line in dict.fromkeys(line for said in columns.values() for line in said):
-            body.append([line, *("<br>".join(said.get(line, "–")) for said in columns.values())])
-        if own:
-            lines = "\n".join(f"| {' | '.join(cells)} |" for cells in body)
-            out += [f"## {next(iter(own.values())).title}", lines]
-    write_text(Path(results) / "README.md", "\n\n".join(out) + "\n")
-    return Path(results) / "README.md"
+    profiles = {f.name: _about(f.name) for f in folders if f.name != "smoke"}
+    written, tables = [t for p in profiles for t in _written(Path(results) / p)], []
+    for name in paper_table("order")["table"]:
+        if own := [t for t in written if t.name == name and "J" in t.values]:
+            rows = pd.concat([t.rows for t in own], ignore_index=True)
+            where = rows["profile"] + ", " + rows[own[0].columns].map(label)
+            first = own[0].title, own[0].index, "where", ("J",), own[0].block
+            tables.append(Table(name, rows.assign(where=where), *first))
+    return _page(Path(results) / "README.md", "results.md", profiles=profiles, tables=tables)
