@@ -1,4 +1,6 @@
-"""P, J, the thresholds, the groups and the averages, worked by hand and against scikit-learn and the peers' way."""
+"""P, J, thresholds, groups and averages: by hand, against scikit-learn and the peers' way."""
+
+from dataclasses import astuple
 
 import numpy as np
 import pytest
@@ -58,8 +60,9 @@ def test_against_scikit_learn(void):
         if void:
             truth[rng.random(truth.shape) < 0.2] = 255
         keep = truth != 255
-        assert jaccard(pred, truth) == pytest.approx(jaccard_score(truth[keep], pred[keep]), abs=1e-12)
-        assert pixel_accuracy(pred, truth) == pytest.approx(accuracy_score(truth[keep], pred[keep]), abs=1e-12)
+        J, P = jaccard_score(truth[keep], pred[keep]), accuracy_score(truth[keep], pred[keep])
+        assert jaccard(pred, truth) == pytest.approx(J, abs=1e-12)
+        assert pixel_accuracy(pred, truth) == pytest.approx(P, abs=1e-12)
 
 
 def test_sizes_must_agree():
@@ -69,19 +72,43 @@ def test_sizes_must_agree():
 
 def test_thresholds_by_hand():
     bright = np.array([[0, 0], [0.6, 1]], np.float32)
-    # mean 0.4; deviations -.4 -.4 .2 .6, mean square (.16 + .16 + .04 + .36) / 4 = .18, std .4243; sum .8243
+    # mean .4; deviations -.4 -.4 .2 .6, mean square (.16 + .16 + .04 + .36) / 4 = .18, std .4243
     assert adaptive_threshold(bright, 0.9) == pytest.approx(0.8243, abs=1e-4)
-    assert PROTOCOLS["ssnm"].binarise(bright, (2, 2)).tolist() == [[False, False], [False, True]]  # cap .8
-    assert PROTOCOLS["ufo"].binarise(bright, (2, 2)).tolist() == [[False, False], [True, True]]  # cap .5
+    assert adaptive_threshold(bright, 0.8) == 0.8
+    ssnm, ufo = (PROTOCOLS[name].binarise(bright, (2, 2)).tolist() for name in ("ssnm", "ufo"))
+    assert ssnm == [[False, False], [False, True]]  # cap .8
+    assert ufo == [[False, False], [True, True]]  # cap .5
     faint = np.array([[0.1, 0.1], [0.1, 0.3]], np.float32)
-    # mean .15, mean square (3 · .0025 + .0225) / 4 = .0075, std .0866: threshold .2366 finds what .5 does not
+    # mean .15, mean square (3 · .0025 + .0225) / 4 = .0075, std .0866: .2366 finds what .5 does not
     for name, found in {"ssnm": 1, "ufo": 1, "segswap": 0, "pooled": 0, "native": 0}.items():
         assert PROTOCOLS[name].binarise(faint, (2, 2)).sum() == found, name
-    for name in PROTOCOLS:  # strictly above, without rounding noise on a flat map
-        flat = np.full((224, 224), 0.3, np.float32)
-        assert not PROTOCOLS[name].binarise(flat, (224, 224)).any(), name
-        assert not PROTOCOLS[name].binarise(np.zeros((4, 4)), (4, 4)).any(), name
-        assert PROTOCOLS[name].binarise(np.ones((4, 4)), (4, 4)).all(), name
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_the_object_lies_strictly_above_the_threshold(name):
+    protocol, size = PROTOCOLS[name], (PROTOCOLS[name].size or 50,) * 2
+    for level in (0.0, 0.1, 0.3, 1 / 3, 0.5):
+        flat = np.full((37, 53), level, np.float32)
+        assert not protocol.binarise(flat, (37, 53)).any(), level
+        assert not protocol.binarise(flat, size).any(), level  # no rounding of the resizing counts
+    assert protocol.binarise(np.ones((4, 4)), (4, 4)).all()
+    edge = protocol.threshold
+    values = np.zeros((1, 9), np.float32)
+    values[0, :6] = 1.0  # mean + std is above either cap
+    values[0, 7:] = np.float32(edge), np.nextafter(np.float32(edge), np.float32(1))
+    found = protocol.binarise(values, (1, 9))[0].tolist()
+    above = bool(np.nextafter(np.float32(edge), np.float32(1)) > edge)
+    assert found == [True] * 6 + [False, bool(np.float32(edge) > edge), above]
+
+
+def test_resizing_never_leaves_the_range_of_a_map():
+    rng = np.random.default_rng(0)
+    for shape in ((224, 224), (31, 77), (9, 300)):
+        values = 0.2 + 0.5 * rng.random((64, 48)).astype(np.float32)
+        resized = resize_map(values, shape)
+        assert resized.shape == shape and resized.dtype == np.float32
+        assert values.min() <= resized.min() and resized.max() <= values.max()
+        assert resized.std() > 0
 
 
 def test_a_mask_of_0_and_1_passes_every_threshold():
@@ -95,13 +122,30 @@ def test_truth_is_squashed_as_the_peers_do():
 
     half = np.zeros((50, 100), np.uint8)
     half[:, :50] = 1
-    assert resize_truth(half, 224).sum() == 112 * 224  # aspect ignored: the left half stays the left half
+    assert resize_truth(half, 224).sum() == 112 * 224  # aspect ignored: the left half stays it
     peers = transforms.Compose([transforms.Resize((224, 224)), transforms.ToTensor()])
     rng = np.random.default_rng(1)
     for shape in ((300, 451), (97, 60), (224, 224)):
         blobs = resize_map(rng.random((9, 11), np.float32), shape) > 0.5
         theirs = peers(Image.fromarray((blobs * 255).astype(np.uint8)))[0].numpy() > 0.5
         assert np.array_equal(resize_truth(blobs.astype(np.uint8), 224), theirs)
+
+
+def test_a_grey_truth_is_resized_before_its_threshold():
+    from torchvision import transforms
+
+    peers = transforms.Compose([transforms.Resize((224, 224)), transforms.ToTensor()])
+    rng = np.random.default_rng(2)
+    blobs = resize_map(rng.random((9, 11), np.float32), (300, 451)) > 0.5
+    noise = rng.integers(-90, 90, blobs.shape)  # what JPEG does to an edge, only more
+    grey = np.clip(np.where(blobs, 255, 0) + noise, 0, 255).astype(np.uint8)
+    theirs = peers(Image.fromarray(grey))[0].numpy() > 0.5
+    mask = (grey > 127).astype(np.uint8)
+    assert np.array_equal(resize_truth(grey, 224, grey=True), theirs)
+    assert not np.array_equal(resize_truth(mask, 224), theirs)
+    assert np.array_equal(PROTOCOLS["ufo"].truth(mask, grey), theirs)
+    for name in ("segswap", "native"):  # at its own size it is the mask
+        assert np.array_equal(PROTOCOLS[name].truth(mask, grey), mask)
 
 
 def test_void_is_background_for_the_peers_alone():
@@ -113,7 +157,8 @@ def test_void_is_background_for_the_peers_alone():
     assert PROTOCOLS["native"].truth(truth) is truth
     ones = np.ones((8, 8), bool)
     # predicted everywhere: all counted pixels are right under native, half of them under segswap
-    native, segswap = (p.row("k", "c", count(ones, p.truth(truth))) for p in map(get_protocol, ("native", "segswap")))
+    both = [get_protocol(name) for name in ("native", "segswap")]
+    native, segswap = (p.row("k", "c", count(ones, p.truth(truth), p.ignore_void)) for p in both)
     assert (native["P"], native["J"], native["pixels"]) == (1.0, 1.0, 32)
     assert (segswap["P"], segswap["J"], segswap["pixels"]) == (0.5, 0.5, 64)
 
@@ -123,7 +168,22 @@ def test_maps_are_resized_bilinearly():
     # centres of the four pixels lie at -.25, .25, .75, 1.25 of the two: the ends are held
     assert ramp[0].tolist() == pytest.approx([0, 0.25, 0.75, 1])
     checks = np.indices((64, 64)).sum(0) % 2
-    assert np.abs(resize_map(checks, (8, 8)) - 0.5).max() < 0.05  # antialiased: no pixel is picked by chance
+    assert np.abs(resize_map(checks, (8, 8)) - 0.5).max() < 0.05  # antialiased: none by chance
+
+
+def test_protocols_are_those_of_the_field():
+    """Size, threshold and its kind, void, empty truth, groups and averages: the table by hand."""
+    table = {
+        "ssnm": (224, 0.8, True, False, "zero", "consecutive", "image"),
+        "ufo": (224, 0.5, True, False, "zero", "consecutive", "image"),
+        "segswap": (None, 0.5, False, False, "skip", "class", "class"),
+        "pooled": (321, 0.5, False, False, "zero", "class", "pooled"),
+        "native": (None, 0.5, False, True, "one", "seeded", "image"),
+    }
+    assert {name: astuple(p)[1:] for name, p in PROTOCOLS.items()} == table
+    truth = np.ones((10, 30), np.uint8)
+    for name, (size, *_) in table.items():
+        assert PROTOCOLS[name].truth(truth).shape == ((size, size) if size else (10, 30))
 
 
 def test_consecutive_groups_by_hand():
@@ -131,7 +191,7 @@ def test_consecutive_groups_by_hand():
     # 12 = 5 + 5 + 2: the last two are completed with the first three, which are not scored again
     assert consecutive_groups(range(12), 5)[-1] == ([10, 11, 0, 1, 2], 2)
     assert consecutive_groups(range(4), 5) == [([0, 1, 2, 3, 0], 4)]
-    assert consecutive_groups(range(2), 5) == [([0, 1, 0, 1], 2)]  # the peers' slice has no third image to take
+    assert consecutive_groups(range(2), 5) == [([0, 1, 0, 1], 2)]  # the peers' slice has no third
     assert consecutive_groups(range(2), 5, repeat=False) == [([0, 1], 2)]
     assert consecutive_groups(range(3), 1) == [([0], 1), ([1], 1), ([2], 1)]
     assert consecutive_groups([], 5) == []
@@ -142,7 +202,8 @@ def test_consecutive_groups_by_hand():
 def test_every_image_is_scored_once(name, n):
     for size in range(1, 24):
         groups = PROTOCOLS[name].groups(list(range(100, 100 + size)), n, seed=1, label="cow")
-        assert sorted(i for members, new in groups for i in members[:new]) == list(range(100, 100 + size))
+        scored = sorted(i for members, new in groups for i in members[:new])
+        assert scored == list(range(100, 100 + size))
         if PROTOCOLS[name].grouping == "class":
             assert [len(members) for members, _ in groups] == [size]
         elif size >= n:
@@ -164,13 +225,14 @@ def rows(name, cases):
     ]
 
 
-# class a: J 10/20 = .5 (P .9), J 20/20 = 1 (P 1), no object but 40 predicted (P .6); class b: J 30/60 = .5 (P .7)
+# class a: J 10/20 = .5 (P .9), J 20/20 = 1 (P 1), no object but 40 predicted (P .6);
+# class b: J 30/60 = .5 (P .7)
 CASES = [("a", 10, 20, 10), ("a", 20, 20, 20), ("a", 0, 40, 0), ("b", 30, 60, 30)]
 EXPECTED = {
     # image means: P (.9 + 1 + .6 + .7) / 4, J (.5 + 1 + 0 + .5) / 4
     "ssnm": (0.8, 0.5),
     "ufo": (0.8, 0.5),
-    # class means: P a (.9 + 1 + .6) / 3 = .8333, b .7; J a (.5 + 1) / 2 = .75 without the empty one, b .5
+    # class means: P a (.9 + 1 + .6) / 3 = .8333, b .7; J a (.5 + 1) / 2 without the empty one, b .5
     "segswap": ((2.5 / 3 + 0.7) / 2, 0.625),
     # pooled: a (10 + 20 + 0) / (20 + 20 + 40) = .375, b .5
     "pooled": ((2.5 / 3 + 0.7) / 2, 0.4375),
@@ -182,25 +244,42 @@ EXPECTED = {
 def test_averages_by_hand(name):
     got = PROTOCOLS[name].summarise(rows(name, CASES))
     assert (got["P"], got["J"]) == pytest.approx(EXPECTED[name])
-    assert got["P_image"] == pytest.approx(0.8) and got["P_class"] == pytest.approx((2.5 / 3 + 0.7) / 2)
+    assert got["P_image"] == pytest.approx(0.8)
+    assert got["P_class"] == pytest.approx((2.5 / 3 + 0.7) / 2)
     assert got["J_pooled"] == pytest.approx(0.4375)
     assert got["J_nonempty"] == pytest.approx(2 / 3)
     assert (got["false_alarms"], got["empty_area"], got["empty"]) == (1.0, 0.4, 1)
     assert (got["images"], got["classes"]) == (4, 2)
     if name != "segswap":
-        assert got["J_class"] == pytest.approx((1.5 / 3 + 0.5) / 2)  # unequal classes: not the image mean
+        assert got["J_class"] == pytest.approx((1.5 / 3 + 0.5) / 2)  # not the image mean
 
 
 def test_both_conventions_of_native():
-    # one image of J 1, one without the object in which nothing is predicted, one with 1% (not more): no alarm, yet J 0
-    cases = [("a", 20, 20, 20), ("a", 0, 0, 0), ("a", 0, 1, 0)]
-    native, ufo, segswap = (PROTOCOLS[n].summarise(rows(n, cases)) for n in ("native", "ufo", "segswap"))
-    assert (native["J"], native["J_other"], native["J_nonempty"]) == pytest.approx((2 / 3, 1 / 3, 1))
+    # J 1; without the object, nothing predicted; the same with 1% (not more): no alarm, yet J 0
+    cases, names = [("a", 20, 20, 20), ("a", 0, 0, 0), ("a", 0, 1, 0)], ("native", "ufo", "segswap")
+    native, ufo, segswap = (PROTOCOLS[n].summarise(rows(n, cases)) for n in names)
+    thirds = 2 / 3, 1 / 3, 1
+    assert (native["J"], native["J_other"], native["J_nonempty"]) == pytest.approx(thirds)
     assert (ufo["J"], ufo["J_other"]) == pytest.approx((1 / 3, 2 / 3))
     assert (segswap["J"], segswap["J_other"]) == pytest.approx((1, 1 / 3))
-    assert native["false_alarms"] == 0
+    assert native["false_alarms"] == 0 and native["empty_area"] == pytest.approx(0.005)
+    assert PROTOCOLS["native"].summarise(rows("native", [("a", 0, 2, 0)]))["false_alarms"] == 1
+
+
+def test_a_class_without_an_image_that_counts_and_no_rows_at_all():
+    # class b has no object: under segswap it has no J, and is left out of the mean over classes
+    cases = [("a", 10, 20, 10), ("b", 0, 0, 0), ("b", 0, 5, 0)]
+    segswap, ufo = (PROTOCOLS[n].summarise(rows(n, cases)) for n in ("segswap", "ufo"))
+    assert (segswap["J"], segswap["J_class"], segswap["classes"]) == (0.5, 0.5, 2)
+    assert ufo["J"] == pytest.approx(0.5 / 3) and ufo["J_class"] == pytest.approx(0.25)
+    assert ufo["J_pooled"] == pytest.approx((0.5 + 0) / 2)
+    nothing = PROTOCOLS["pooled"].summarise(rows("pooled", [("b", 0, 0, 0)]))
+    assert nothing["J"] is None and nothing["P"] == 1.0  # no union to divide by
+    for p in PROTOCOLS.values():
+        none = p.summarise([])
+        assert none["P"] is None and none["J"] is None and none["images"] == 0
 
 
 def test_unknown_protocol_is_named():
-    with pytest.raises(LCCoError, match="no protocol `uffo`; there are: ssnm, ufo, segswap, pooled, native"):
+    with pytest.raises(LCCoError, match="no protocol `uffo`; there are: ssnm, ufo, segswap"):
         get_protocol("uffo")
