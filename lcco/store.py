@@ -86,47 +86,28 @@ def lock(path: Path, message: str = "") -> Iterator[None]:
         held.release()
 
 
-def _read(path: Path) -> Any:
-    if path.suffix == ".json":
-        return json.loads(path.read_text(encoding="utf-8"))
-    if path.suffix == ".npy":
-        import numpy as np
-
-        return np.load(path, mmap_mode="r")
-    from safetensors.torch import load_file
-
-    return load_file(path)
-
-
-def _write(part: Path, value: Any) -> None:
-    if part.suffix == ".json":
-        part.write_text(json.dumps(value, separators=(",", ":")), encoding="utf-8")
-    elif part.suffix == ".npy":
-        import numpy as np
-
-        with open(part, "wb") as f:
-            np.save(f, value)
-    else:
-        from safetensors.torch import save_file
-
-        save_file(value, part)
-
-
 def kept(path: Path, make: Callable[[], Any]) -> Any:
     """The value in the file `path`; where there is none, `make()`, written whole under a lock.
 
-    By suffix: `.json` any JSON value; `.npy` an array, memory-mapped; `.safetensors` a mapping of
-    names to tensors. A damaged file is made again.
+    By suffix: `.json` any JSON value, `.npy` an array, memory-mapped. A damaged file is made again.
     """
-    path = Path(path)
-    for _ in range(2):
-        kept_file(path, lambda part: _write(part, make()))
-        try:
-            return _read(path)
-        except Exception as error:  # each format has its own exceptions for a damaged file
-            print(f"{path}: damaged ({type(error).__name__}), made again", file=sys.stderr)
-            path.unlink(missing_ok=True)
-    raise LCCoError(f"{path}: cannot be read back after writing; is the disk in order?")
+    import numpy as np
+
+    def write(part: Path) -> None:
+        if path.suffix == ".npy":
+            np.save(part, make())
+        else:
+            part.write_text(json.dumps(make(), separators=(",", ":")), encoding="utf-8")
+
+    path = kept_file(path, write)
+    try:
+        if path.suffix == ".npy":
+            return np.load(path, mmap_mode="r")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, EOFError, OSError) as error:
+        print(f"{path}: damaged ({error}), made again", file=sys.stderr)
+        path.unlink()
+        return kept(path, make)
 
 
 def kept_file(path: Path, write: Callable[[Path], Any]) -> Path:
