@@ -117,10 +117,10 @@ def test_masked_embeddings_of_what_a_group_seldom_asks_for(base):
 def test_the_tower_sees_a_picture_once(base, tmp_path):
     features, data = make_features(base, "cpu"), load_data(base.data.train)
     before = features.tower.calls
-    features.prepare(data, flip=True, truths=True, background="zero")
+    features.prepare(data, flip=True, background="zero")
     assert features.tower.calls - before == 2 * len(data)  # whole and masked
     again = fresh(features)
-    again.prepare(data, flip=True, truths=True, background="zero")
+    again.prepare(data, flip=True, background="zero")
     again.embeddings(data, [3, 0])
     assert features.tower.calls - before == 2 * len(data)
     twice = drawn.folders(tmp_path, ["cow", "dog"], 2, name="twice", first=50)
@@ -131,7 +131,7 @@ def test_the_tower_sees_a_picture_once(base, tmp_path):
     assert torch.equal(e[found.keys.index("cow/co_00")], e[found.keys.index("dog/do_00")])
     assert features.tower.calls - before == 2 * len(data) + 3
     kinds = sorted(p.name.partition("-")[0] for p in place("cache").glob("*.npy"))
-    assert kinds == ["embeddings", "embeddings", "maps", "masked", "truths"]
+    assert kinds == ["embeddings", "embeddings", "maps", "maps", "masked"]
 
 
 def test_pictures_seen_once_leave_nothing_on_disk(base):

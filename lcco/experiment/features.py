@@ -1,7 +1,7 @@
 """From pictures to a batch: what the frozen parts say of a set is computed once and kept.
 
-Embeddings, masked embeddings, true masks as squares and a frozen backbone's maps lie in one
-memory-mapped file each, so that a training on frozen features takes minutes.
+Embeddings, masked embeddings and a frozen backbone's maps lie in one memory-mapped file each, so
+that a training on frozen features takes minutes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lcco.store import kept, kept_file
 
 Box = tuple[float, float, float, float]
 Pair = tuple[int, tuple[str, ...]]  # an item, and the classes whose union is its truth
-TRUTH_BYTES = 2**30  # bound on a file of true masks
+TRUTH_BYTES = 2**29  # of true masks that are remembered: decoding them costs more than a step
 AT_ONCE = 16  # pictures through the backbone at once: early maps are large
 
 
@@ -44,9 +44,9 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on a device; half-precision maps become float there."""
-        maps = self.maps and [m.to(device, non_blocking=True).float() for m in self.maps]
-        rest = {k: v for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, maps=maps, **{k: v.to(device) for k, v in rest.items()})
+        maps = self.maps and [m.to(device).float() for m in self.maps]
+        rest = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, maps=maps, **rest)
 
 
 class Features:
@@ -62,60 +62,59 @@ class Features:
     ) -> None:  # fmt: skip
         self.tower, self.backbone, self.size, self.device = tower, backbone, size, device
         self.stages = backbone.frozen_stages if stages is None else stages
-        channels = backbone.channels[: self.stages]
-        self.shapes = [(c, size // (4 * 2**n)) for n, c in enumerate(channels)]  # of kept maps
+        shapes = [(size // 2 ** (n + 2),) * 2 + (c,) for n, c in enumerate(backbone.channels)]
+        kept = enumerate(shapes[: self.stages])
+        self.row = np.dtype([(str(n), np.float16, shape) for n, shape in kept])  # a picture's maps
+        self._identity = backbone.identity if self.stages else ""  # before a training alters it
         self._memo: dict[str, np.ndarray] = {}
-        self._rows: dict[str, dict[Pair, int]] = {}
-        self._flipped: set[str] = set()
-        self._backbone = backbone.identity if self.stages else ""
+        self._truth = lru_cache(maxsize=TRUTH_BYTES // size**2)(
+            lambda data, i, classes, crop: mask_square(data.mask(i, classes), size, crop)
+        )
 
     def prepare(
-        self, data: CoSegData, *, flip: bool = False, truths: bool = False,
-        background: str | None = None,
-    ) -> None:  # fmt: skip
-        """Embed a set ahead. flip: mirrored too. truths, background: for `truth` and `masked`."""
+        self, data: CoSegData, *, flip: bool = False, background: str | None = None
+    ) -> None:
+        """Embed a set ahead. flip: mirrored too. background: its objects too, as `masked` does."""
         self.embeddings(data, [])
-        if self.stages:
-            self._maps(data, flip)
-        if truths:
-            self.truth(data, *next(iter(self.rows(data))))
+        for mirrored in (False, True)[: 1 + flip] if self.stages else ():
+            self._maps(data, mirrored)
         if background:
-            self.masked(data, [], background)
+            self.masked(data, [*_rows(data)][:1], background)
 
     def embeddings(self, data: CoSegData, items: Sequence[int], *, keep: bool = True) -> Tensor:
         """Image embeddings [n, D] of the tower; the set is embedded whole at the first call.
 
         `keep=False` writes nothing to disk: for pictures seen once.
         """
-        recipe, make = [data.digest(), self.tower.identity], partial(self._embed, data)
-        stored = self._array("embeddings", recipe, make, disk=keep)
+        recipe = [data.digest(), self.tower.identity]
+        stored = self._array("embeddings", recipe, partial(self._embed, data), disk=keep)
         return torch.from_numpy(stored[np.array(items, int)])
 
     def _embed(self, data: CoSegData) -> np.ndarray:
         first: dict[str, int] = {}  # a picture that stands in two classes is embedded once
-        contents = [data.content(i) for i in range(len(data))]
-        for i, content in enumerate(contents):
-            first.setdefault(content, i)
+        for i in range(len(data)):
+            first.setdefault(data.content(i), i)
         items = progress(first.values(), f"embedding {data.name}", len(first))
         vectors = self.tower.encode_images(data.image(i) for i in items).float().numpy()
         row = {content: n for n, content in enumerate(first)}
-        return vectors[[row[content] for content in contents]]
+        return vectors[[row[data.content(i)] for i in range(len(data))]]
 
     def masked(self, data: CoSegData, pairs: Sequence[Pair], background: str) -> Tensor:
         """Embeddings [n, D] of pictures with all but the object painted over; zero without one.
 
         background: "zero", black, or "mean", the tower's mean colour.
         """
-        recipe, rows = [data.identity(), self.tower.identity, background], self.rows(data)
+        recipe, rows = [data.identity(), self.tower.identity, background], _rows(data)
         make = partial(self._embed_masked, data, background)
         stored = self._array("masked", recipe, partial(make, list(rows)))
-        out = np.zeros((len(pairs), stored.shape[1]), np.float32)
-        for n, pair in enumerate(pairs):
+
+        def one(pair: Pair) -> np.ndarray:
             if pair in rows:
-                out[n] = stored[rows[pair]]
-            else:  # of several classes, or of one that the picture lacks
-                out[n] = self._array("masked", [*recipe, pair], partial(make, [pair]), disk=False)
-        return torch.from_numpy(out)
+                return stored[rows[pair]]
+            # of several classes, or of one that the picture lacks
+            return self._array("masked", [*recipe, pair], partial(make, [pair]), disk=False)[0]
+
+        return torch.from_numpy(np.stack([one(pair) for pair in pairs]))
 
     def _embed_masked(self, data: CoSegData, background: str, pairs: list[Pair]) -> np.ndarray:
         shown: list[bool] = []
@@ -133,19 +132,8 @@ class Features:
     def truth(
         self, data: CoSegData, i: int, classes: tuple[str, ...], crop: Box | None = None
     ) -> np.ndarray:
-        """uint8 [S, S] of {0, 1, 255 = void}: the truth of item i, or of a crop, as a square.
-
-        Those of sets up to `TRUTH_BYTES` are kept on disk: decoding costs more than a step.
-        """
-        rows = self.rows(data)
-        if crop or (i, classes) not in rows or len(rows) * self.size**2 > TRUTH_BYTES:
-            return mask_square(data.mask(i, classes), self.size, crop)
-        make = partial(self._truths, data)
-        return self._array("truths", [data.identity(), self.size], make)[rows[i, classes]]
-
-    def _truths(self, data: CoSegData) -> np.ndarray:
-        pairs = progress(list(self.rows(data)), f"reading masks of {data.name}")
-        return np.stack([mask_square(data.mask(i, classes), self.size) for i, classes in pairs])
+        """uint8 [S, S] of {0, 1, 255 = void}: the truth of item i, or of a crop, as a square."""
+        return self._truth(data, i, classes, crop)
 
     def visual(
         self, data: CoSegData, items: Sequence[int], flips: Sequence[bool] | None = None,
@@ -157,12 +145,9 @@ class Features:
         """
         flips, crops = flips or [False] * len(items), crops or [None] * len(items)
         if self.stages and keep and not any(crops):
-            rows = [i + f * len(data) for i, f in zip(items, flips, strict=True)]
-            ends = np.cumsum([c * s * s for c, s in self.shapes])[:-1]
-            parts = np.split(self._maps(data, any(flips))[rows], ends, axis=1)
-            views = [np.ascontiguousarray(p).reshape(-1, s, s, c)
-                     for p, (c, s) in zip(parts, self.shapes, strict=True)]  # fmt: skip
-            return None, [torch.from_numpy(v).permute(0, 3, 1, 2) for v in views]
+            rows = [self._maps(data, flip)[i] for i, flip in zip(items, flips, strict=True)]
+            maps = [np.stack([row[stage] for row in rows]) for stage in self.row.names]
+            return None, [torch.from_numpy(m).permute(0, 3, 1, 2) for m in maps]
         images = self._images(data, items, flips, crops)
         if not self.stages:
             return images, None
@@ -173,7 +158,7 @@ class Features:
                 crops: Sequence[Box | None]) -> Tensor:  # fmt: skip
         how = zip(items, crops, strict=True)
         squares = [load_square(data.image(i), self.size, crop) for i, crop in how]
-        squares = [s[:, ::-1] if f else s for s, f in zip(squares, flips, strict=True)]
+        squares = [s[:, ::-1] if flip else s for s, flip in zip(squares, flips, strict=True)]
         return torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).float().div_(255)
 
     @torch.no_grad()
@@ -188,32 +173,21 @@ class Features:
         self.backbone.train(mode)
         return maps
 
-    def _maps(self, data: CoSegData, flip: bool) -> np.ndarray:
-        """[n or 2n, values] float16: a row holds one picture's maps; the mirrored half is last."""
-        self._flipped |= {data.digest()} if flip else set()
-        flip = data.digest() in self._flipped
-        recipe = [self._backbone, self.size, self.stages, flip, data.digest()]
-        return self._array("maps", recipe, write=partial(self._write_maps, data, flip))
+    def _maps(self, data: CoSegData, mirrored: bool) -> np.ndarray:
+        """Every picture's maps, [n] of `row`. They may be larger than memory."""
 
-    def _write_maps(self, data: CoSegData, flip: bool, part: Path) -> None:
-        shape = (len(data) * (1 + flip), sum(c * s * s for c, s in self.shapes))
-        out = np.lib.format.open_memmap(part, "w+", np.float16, shape)
-        what = f"embedding {data.name} ({self.backbone.name}, {self.size} px)"
-        for start in progress(range(0, len(data), AT_ONCE), what):
-            items = range(start, min(start + AT_ONCE, len(data)))
-            images = self._images(data, items, [False] * len(items), [None] * len(items))
-            for side in range(1 + flip):
-                maps = self.frozen_maps(images.flip(-1) if side else images)
-                rows = torch.cat([m.permute(0, 2, 3, 1).flatten(1) for m in maps], dim=1)
-                out[[i + side * len(data) for i in items]] = rows.half().numpy()
-        out.flush()
+        def write(part: Path) -> None:
+            out = np.lib.format.open_memmap(part, "w+", self.row, (len(data),))
+            what = f"embedding {data.name} ({self.backbone.name}, {self.size} px)"
+            for start in progress(range(0, len(data), AT_ONCE), what):
+                items = range(start, min(start + AT_ONCE, len(data)))
+                images = self._images(data, items, [mirrored] * len(items), [None] * len(items))
+                for stage, maps in zip(self.row.names, self.frozen_maps(images), strict=True):
+                    out[stage][items] = maps.permute(0, 2, 3, 1).half().numpy()
+            out.flush()
 
-    def rows(self, data: CoSegData) -> Mapping[Pair, int]:
-        """Every (item, class) of a set → its row in the files of masks, by item."""
-        if data.identity() not in self._rows:
-            pairs = sorted((i, (c,)) for c, items in data.groups.items() for i in items)
-            self._rows[data.identity()] = {pair: n for n, pair in enumerate(pairs)}
-        return self._rows[data.identity()]
+        recipe = [self._identity, self.size, self.row.descr, mirrored, data.digest()]
+        return self._array("maps", recipe, write=write)
 
     def _array(
         self, kind: str, recipe: list, make: Callable[[], np.ndarray] | None = None, *,
@@ -222,11 +196,19 @@ class Features:
         """What `make` gives or `write` writes: remembered, and kept on disk."""
         name = f"{kind}-{digest(recipe, 16)}.npy"
         if name not in self._memo:
+            file = place("cache") / name
             if write:
-                make = partial(np.load, kept_file(place("cache") / name, write), mmap_mode="r")
-            found = kept(place("cache") / name, make) if disk and not write else make()
-            self._memo[name] = found
+                self._memo[name] = np.load(kept_file(file, write), mmap_mode="r")
+            else:
+                self._memo[name] = kept(file, make) if disk else make()
         return self._memo[name]
+
+
+@lru_cache(maxsize=8)
+def _rows(data: CoSegData) -> Mapping[Pair, int]:
+    """Every (item, class) of a set → its row in the file of masked embeddings, by item."""
+    pairs = sorted((i, (c,)) for c, items in data.groups.items() for i in items)
+    return {pair: n for n, pair in enumerate(pairs)}
 
 
 def make_features(experiment: Experiment, device: str | None = None) -> Features:
@@ -268,11 +250,10 @@ def batch(
     v_gt: what marks the true class, the "tower" (Eq. 12) or the class's own "name".
     """
     pairs = [(i, d.classes) for d in draws for i in d.items]
-    items, flips, crops = (
-        [x for d in draws for x in getattr(d, name)] for name in ("items", "flips", "crops")
-    )
+    items, flips, crops = ([x for d in draws for x in getattr(d, name)]
+                           for name in ("items", "flips", "crops"))  # fmt: skip
     images, maps = features.visual(data, items, flips, crops)
-    truths = [features.truth(data, *p, c) for p, c in zip(pairs, crops, strict=True)]
+    truths = (features.truth(data, *pair, crop) for pair, crop in zip(pairs, crops, strict=True))
     truths = [t[:, ::-1] if flip else t for t, flip in zip(truths, flips, strict=True)]
     longest, true = max(len(d.items) for d in draws), None
     present = torch.tensor([[n < len(d.items) for n in range(longest)] for d in draws])

@@ -59,19 +59,16 @@ class Predictor:
         return_maps: bool = False,
     ) -> Output:  # fmt: skip
         """The network's `Output` for one set of items. cls: the true class, used with `gt` only."""
-        device = self.features.device
-        self.model.to(device)
-        images, maps = self.features.visual(data, items, keep=self.keep)
-        target = None
+        f, device, target = self.features, self.features.device, None
+        images, maps = f.visual(data, items, keep=self.keep)
         if self.gt and cls is not None:
-            word = self.vocabulary.nearest(cls, self.features.tower)
-            target = torch.tensor([word], device=device)
+            target = torch.tensor([self.vocabulary.nearest(cls, f.tower)], device=device)
         training = self.model.training
-        self.model.eval()
-        with deterministic(threads_of(self.features)):
+        self.model.eval().to(device)
+        with deterministic(f):
             out = self.model(
                 None if images is None else images[None].to(device),
-                self.features.embeddings(data, items, keep=self.keep)[None].to(device),
+                f.embeddings(data, items, keep=self.keep)[None].to(device),
                 self.vocabulary.embeddings.to(device),
                 maps=maps and [m[None].to(device).float() for m in maps],
                 target=target, k=self.k, return_maps=return_maps,
@@ -88,9 +85,8 @@ class Predictor:
         v = out.v
         if v is None:
             v = (out.similarity.mean(dim=1) * self.features.tower.logit_scale).softmax(dim=-1)
-        top = v[0].topk(min(n, v.shape[-1]))
-        pairs = zip(top.values, top.indices, strict=True)
-        return [(self.vocabulary.words[int(i)], float(p)) for p, i in pairs]
+        order = v[0].argsort(descending=True)[:n].tolist()
+        return [(self.vocabulary.words[i], float(v[0, i])) for i in order]
 
 
 def trained_state(model: LCCo) -> dict[str, Tensor]:
@@ -101,9 +97,9 @@ def trained_state(model: LCCo) -> dict[str, Tensor]:
 
 def trained_on(experiment: Experiment) -> list[dict[str, Any]]:
     """The data settings of every training behind a model: its own, then those of its starts."""
-    starts = map(about_start, (experiment.model.weights, experiment.train.start))
-    earlier = [part for about in starts if about for part in trained_on_of(about)]
-    return [experiment.data.model_dump(mode="json"), *earlier]
+    starts = filter(None, map(about_start, (experiment.model.weights, experiment.train.start)))
+    own = experiment.data.model_dump(mode="json")
+    return [own, *(part for about in starts for part in trained_on_of(about))]
 
 
 def trained_on_of(about: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -154,9 +150,9 @@ def load_model(
     vocabulary = vocabulary or make_vocabulary(features.tower, experiment.tower)
     check_words(path, about, experiment, vocabulary)
     if not any(key.startswith("tower.") for key in changes):
-        _check_part(path, "tower", features.tower.identity, about)
+        _check(path, about, "tower", features.tower.identity)
     if features.backbone.frozen_stages and not any(key.startswith("model.") for key in changes):
-        _check_part(path, "backbone", features.backbone.identity, about)
+        _check(path, about, "backbone", features.backbone.identity)
     model = build_model(experiment, features, vocabulary)
     state = {k: v.float() if v.is_floating_point() else v for k, v in read_tensors(path).items()}
     if missing := set(trained_state(model)) - set(state):
@@ -169,44 +165,33 @@ def load_model(
 def check_words(
     path: str | Path, about: Mapping[str, Any], experiment: Experiment, vocabulary: Vocabulary
 ) -> None:
-    """Raises: LCCoError where MLP3 is tied to another vocabulary than this one."""
-    m, then = experiment.model, about["vocabulary_hash"]
-    if m.clip_regularization and m.mlp3 == "vocabulary" and vocabulary.hash != then:
-        raise LCCoError(
-            f"{path}: trained with another vocabulary ({len(about['words'])} words, {then}) than "
-            f"`{experiment.tower.vocabulary}` ({len(vocabulary.words)} words, {vocabulary.hash}); "
-            "MLP3 is tied to the words and their order: use that vocabulary, or train again"
-        )
+    """Raises: LCCoError where MLP3, whose outputs are the words in their order, has others."""
+    if experiment.model.clip_regularization and experiment.model.mlp3 == "vocabulary":
+        _check(path, about, "vocabulary", vocabulary.hash)
 
 
-def _check_part(path: str | Path, part: str, now: str, about: Mapping[str, Any]) -> None:
-    if about.get(part, now) != now:
-        raise LCCoError(
-            f"{path}: trained with another {part} ({about[part]}) than its settings give now "
-            f"({now}); put that {part}'s files back, or train again"
-        )
-
-
-def threads_of(features: Features) -> int:
-    """One where all but the decoder is frozen: it is small, and two runs then fit two cores."""
-    return 1 if features.backbone.frozen_stages == 4 else torch.get_num_threads()
+def _check(path: str | Path, about: Mapping[str, Any], part: str, now: str) -> None:
+    then = about.get("vocabulary_hash" if part == "vocabulary" else part, now)
+    if then != now:
+        said = f"trained with another {part} ({then}) than its settings give now ({now})"
+        raise LCCoError(f"{path}: {said}; put that {part}'s files back, or train again")
 
 
 @contextlib.contextmanager
-def deterministic(threads: int) -> Iterator[None]:
+def deterministic(features: Features) -> Iterator[None]:
     """Same bits on the same machine's CPU: ordered sums in backward passes, a number of threads.
 
     Not on a GPU, where ordered sums (of bilinear upsampling above all) multiply a step's time.
     """
-    before = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
-    warn = torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    setting, threads = torch.utils.deterministic, torch.get_num_threads()
+    before, fill = torch.get_deterministic_debug_mode(), setting.fill_uninitialized_memory
     torch.use_deterministic_algorithms(not torch.cuda.is_available(), warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a tenth of a step's time
-    torch.set_num_threads(threads)
+    setting.fill_uninitialized_memory = False  # a tenth of a step's time
+    if features.backbone.frozen_stages == 4:  # the rest is small, and two runs then fit two cores
+        torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=warn)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
-        torch.set_num_threads(before[1])
+        torch.set_deterministic_debug_mode(before)
+        setting.fill_uninitialized_memory = fill
+        torch.set_num_threads(threads)

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ import torch
 
 from lcco import __version__
 from lcco.backbones import model_file, read_about
-from lcco.common import LCCoError, Missing, digest, duration, file_digest, place
+from lcco.common import LCCoError, Missing, digest, file_digest, place
 from lcco.config import TRAINING_VERSION, Experiment, Profile
 from lcco.data import CoSegData, load_data
 from lcco.data.overlap import overlap
@@ -33,11 +34,10 @@ from lcco.experiment.predictor import (
     deterministic,
     load_model,
     read_experiment,
-    threads_of,
     trained_on,
     trained_on_of,
 )
-from lcco.experiment.train import Trainer, start_from
+from lcco.experiment.train import Trainer
 from lcco.semantics import make_vocabulary
 from lcco.store import kept, lock, read_json, write_json
 
@@ -49,10 +49,9 @@ PACKAGES = ("torch", "torchvision", "open_clip_torch", "timm", "accelerate", "nu
 
 # ---------------------------------------------------------------------------------- provenance
 def environment(root: Path | None = None) -> dict[str, Any]:
-    """Where something was computed: commit, edits, machine, threads, versions.
+    """Where something was computed: commit, whether the code had edits (dirty), machine, versions.
 
-    commit: None where the code does not stand in its own checkout. dirty: whether the code had
-    edits; None = unknown.
+    commit and dirty are None where the code does not stand in its own checkout.
     """
     from importlib import metadata
 
@@ -64,15 +63,18 @@ def environment(root: Path | None = None) -> dict[str, Any]:
             return None
 
     ours = git("ls-files", "lcco/common.py")  # an installed package may lie in another repository
-    edits = git("status", "--porcelain", "--", "lcco") if ours else None
     return {
         "commit": git("rev-parse", "HEAD") if ours else None,
-        "dirty": None if edits is None else bool(edits),
+        "dirty": bool(git("status", "--porcelain", "--", "lcco")) if ours else None,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "platform": f"{platform.system()} {platform.machine()}", "cores": os.cpu_count(),
         "threads": torch.get_num_threads(), "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in PACKAGES} | {"lcco": __version__},
     }  # fmt: skip
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def peak_memory_mb() -> int | None:
@@ -86,10 +88,10 @@ def peak_memory_mb() -> int | None:
 
 
 def _described(data: CoSegData | None) -> dict[str, Any] | None:
-    if data is None:
-        return None
-    digests = {"digest": data.digest(), "masks": data.truth_digest()}
-    return {"name": data.name, "images": len(data), **digests}
+    return None if data is None else {
+        "name": data.name, "images": len(data), "digest": data.digest(),
+        "masks": data.truth_digest(),
+    }  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------- a finished run
@@ -116,17 +118,11 @@ class Run:
         """A short hash of the weights, from the record: a run may come without its weights."""
         return self.record["weights_sha256"][:12]
 
-    @cached_property
-    def _parts(self) -> dict[str, Any]:
-        features = make_features(self.experiment)
-        vocabulary = make_vocabulary(features.tower, self.experiment.tower)
-        return {"features": features, "vocabulary": vocabulary}
-
     def predictor(self, gt: bool = False, k: int | None = None) -> Predictor:
         """The model ready to segment. Raises: Missing without its weights."""
         if not self.weights.is_file():
             raise Missing("weights", self.path.name, "train it again to use its model")
-        predictor = load_model(self.weights, **self._parts)
+        predictor = load_model(self.weights)
         predictor.gt, predictor.k = gt, k
         return predictor
 
@@ -150,9 +146,8 @@ class Run:
             then = self.record.get(kind) or now
             if now and then != now:
                 what = "masks" if then["digest"] == now["digest"] else "pictures"
-                said = f"{what} of {now['name']} were edited since it was trained"
-                mend = "put them back, or train anew: remove the run, or name the new one apart"
-                raise LCCoError(f"{self.path}: {said}; {mend}")
+                said = f"{what} of {now['name']} were edited since it was trained; put them back"
+                raise LCCoError(f"{self.path}: {said}, or remove the run to train anew")
         return sets
 
     def overlap(self, test: CoSegData) -> int:
@@ -168,23 +163,21 @@ class Run:
 
     def _seen(self, test: CoSegData) -> dict[str, int]:
         _ = self.training  # must not be edited
-        file, seen, whole = self._file("overlap", test), {"train": set(), "holdout": set()}, True
+        file, seen, unknown = self._file("overlap", test), {"train": set(), "holdout": set()}, ""
         if file.is_file():
             return read_json(file)
-        for n, part in enumerate(self.record["trained_on"]):
+        for part, kind in product(self.record["trained_on"], seen):
             how = {"without": part.get("without", ()), "counts": part.get("counts")}
-            for kind in [kind for kind in seen if part.get(kind)]:
-                try:
-                    pairs = overlap(load_data(part[kind], **how), test)
-                    seen[kind] |= {j for _, j in pairs}
-                except LCCoError as error:
-                    said = f"whether {self.path.name} has seen {test.name} is unknown"
-                    if n == 0 and not self.file:
-                        raise LCCoError(f"{said}: {error}") from None
-                    print(f"{said}: {error}", file=sys.stderr, flush=True)
-                    whole = False
+            try:
+                if part.get(kind):
+                    seen[kind] |= {j for _, j in overlap(load_data(part[kind], **how), test)}
+            except LCCoError as error:
+                unknown = f"whether {self.path.name} has seen {test.name} is unknown: {error}"
+                if part is self.record["trained_on"][0] and not self.file:
+                    raise LCCoError(unknown) from None
+                _say(unknown)
         counts = {kind: len(pictures) for kind, pictures in seen.items()}
-        if whole:
+        if not unknown:
             write_json(file, counts)
         return counts
 
@@ -203,17 +196,18 @@ class Run:
             raise LCCoError(f"{self.path.name} {what}; {mend}")
         files = {p: self._file(f"{p}-{group_size}", test, gt, k) for p in protocols}
         if missing := [p for p in protocols if not files[p].is_file()]:
-            predictor = self.predictor(gt, k)
+            predictor, by = self.predictor(gt, k), environment()
             predictor.features.prepare(test)
-            plain = [p for p in missing if p not in CHOICE]
-            found = evaluate_all(predictor, test, plain, group_size) if plain else {}
+            found, plain = {}, [p for p in missing if p not in CHOICE]
+            if plain:
+                found |= evaluate_all(predictor, test, plain, group_size)
             if len(plain) < len(missing):
                 found |= evaluate_choice(predictor, test, group_size)
-            by = {"scored_by": environment(), "scored_on": _described(test)}
             for p in missing:
-                write_json(files[p], asdict(found[p]) | by)
-        names = [f.name for f in fields(Evaluation)]
+                about = {"scored_by": by, "scored_on": _described(test)}
+                write_json(files[p], asdict(found[p]) | about)
         stored = {p: read_json(file) for p, file in files.items()}
+        names = [f.name for f in fields(Evaluation)]
         return {p: Evaluation(**{n: value[n] for n in names}) for p, value in stored.items()}
 
     def measure(self, name: str, data: CoSegData, recipe: Any, make: Callable[[], Any]) -> Any:
@@ -255,21 +249,18 @@ def get_run(experiment: Experiment) -> Run:
 
     Processes that ask for the same run train it once; those of one `accelerate launch` together.
     """
-    path, team = place("runs") / experiment.run_name, None
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from accelerate import PartialState
+    from accelerate import PartialState
 
-        team = PartialState(cpu=not torch.cuda.is_available())
+    path = place("runs") / experiment.run_name
+    team = PartialState(cpu=not torch.cuda.is_available())
     with contextlib.ExitStack() as held:
-        if team is None or team.is_main_process:  # which holds the lock for all
+        if team.is_main_process:  # which holds the lock for all
             message = f"waiting for another process that trains {path.name}"
             held.enter_context(lock(path.with_name(f"{path.name}.lock"), message))
-        if team:
-            team.wait_for_everyone()
+        team.wait_for_everyone()
         if not (path / "record.json").is_file():
             _train(experiment, path)
-        if team:
-            team.wait_for_everyone()
+        team.wait_for_everyone()
     run = _stored(path)
     _ = run.training  # what it was trained on must not be edited since
     return run
@@ -279,7 +270,7 @@ def _trainer(experiment: Experiment) -> Trainer:
     data, holdout = training_data(experiment)
     if both := set(experiment.data.train) & set(experiment.data.holdout):
         said = f"`data.holdout` names {', '.join(sorted(both))}, as `data.train` does"
-        print(f"{said}: weights are chosen on pictures of training", file=sys.stderr, flush=True)
+        _say(f"{said}: weights are chosen on pictures of training")
     features, path = make_features(experiment), place("runs") / experiment.run_name
     vocabulary = make_vocabulary(features.tower, experiment.tower)
     return Trainer(experiment, path, features, vocabulary, data, holdout)
@@ -326,14 +317,13 @@ def open_run(name: str | Path) -> Run:
     path = Path(name).expanduser()
     if str(name) == "shipped" or path.is_file():
         return _from_file(model_file(str(name)))
-    if not path.is_dir():
-        path = _by_name(str(name))
+    path = path if path.is_dir() else _by_name(str(name))
     if not (path / "record.json").is_file():
         what = "holds no finished run (no record.json); start its training again and it goes on"
         raise LCCoError(f"{path}: {what}")
     run = _stored(path)
     if run.record.get("training_version") != TRAINING_VERSION:
-        print(f"{path.name}: trained by an older version of the code", file=sys.stderr, flush=True)
+        _say(f"{path.name}: trained by an older version of the code")
     return run
 
 
@@ -361,51 +351,45 @@ def _from_file(file: Path) -> Run:
 
 # ---------------------------------------------------------------------------------- what it costs
 def estimate(experiment: Experiment, steps: int = 3) -> dict[str, Any]:
-    """What a training will be: sizes, and seconds from a few steps timed on random pictures.
+    """What a training will be: its sizes, and its seconds.
 
-    Nothing is kept. Where a run that differs in name or seed alone is done, its record counts.
-    Raises: LCCoError for what training would refuse.
+    They are those of a finished run of the same name that differs in its seed alone, else of a few
+    steps on random pictures, timed here; nothing is kept. Raises: LCCoError for what training
+    would refuse.
     """
-    d, m, trainer = experiment.data, experiment.model, _trainer(experiment)
-    if experiment.train.start:
-        start_from(trainer.model, experiment, trainer.vocabulary)
-    features, data, shape = trainer.features, trainer.data, (d.groups, d.group_size)
-    images, began = torch.rand(d.groups * d.group_size, 3, d.size, d.size), time.monotonic()
-    maps = [x.unflatten(0, shape) for x in features.frozen_maps(images)] or None
-    features.tower.encode_images(data.image(0) for _ in images)
-    embedding = (time.monotonic() - began) / len(images) * len(data) * (1 + d.flip)
+    trainer, seconds, source = _trainer(experiment), None, "a finished run like it"
+    for file in place("runs").glob(f"{experiment.name}-*/record.json"):
+        run = _stored(file.parent)
+        if run.experiment.replace(seed=experiment.seed).hash == experiment.hash:
+            seconds = run.record["seconds"]
+    if seconds is None:
+        seconds, source = _timed(trainer, steps), f"{steps} steps on this machine"
+    d, images = experiment.data, len(trainer.data)
+    stored = trainer.features.row.itemsize * images * (1 + d.flip)
+    return {
+        "run": experiment.run_name, "images": images, "trained parameters": trainer.learned,
+        "steps": experiment.train.steps, "images a step": d.groups * d.group_size,
+        "cache MB": round(stored / 2**20), "training seconds": round(seconds, 2),
+        "estimated from": source,
+    }  # fmt: skip
+
+
+def _timed(trainer: Trainer, steps: int) -> float:
+    """Seconds to embed the training set and to take every step, from one batch of noise."""
+    d, features, data = trainer.experiment.data, trainer.features, trainer.data
+    shape = d.groups, d.group_size
+    noise, began = torch.rand(d.groups * d.group_size, 3, d.size, d.size), time.monotonic()
+    maps = [x.unflatten(0, shape) for x in features.frozen_maps(noise)]
+    features.tower.encode_images(data.image(0) for _ in noise)
+    embedding = (time.monotonic() - began) / len(noise) * len(data) * (1 + d.flip)
     batch = Batch(
-        None if maps else images.unflatten(0, shape), maps,
-        torch.randn(*shape, features.tower.width), (images[:, 0] > 0.7).byte().unflatten(0, shape),
+        None if maps else noise.unflatten(0, shape), maps or None,
+        torch.randn(*shape, features.tower.width), (noise[:, 0] > 0.7).byte().unflatten(0, shape),
         torch.ones(shape, dtype=torch.bool), torch.zeros(d.groups, dtype=torch.long),
     ).to(trainer.accelerator.device)  # fmt: skip
-    with deterministic(threads_of(features)):
+    with deterministic(features):
         trainer.step(batch)  # warms up
         began = time.monotonic()
         for _ in range(steps):
             trainer.step(batch)
-        training = (time.monotonic() - began) / steps * experiment.train.steps
-    stored, alike = sum(c * s * s for c, s in features.shapes), _alike(experiment)
-    return {
-        "run": experiment.run_name, "trained before": find_run(experiment) is not None,
-        "images": len(data), "classes": len(data.groups), "words": len(trainer.vocabulary.words),
-        "trained parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
-        "backbone": f"{m.backbone} ({m.frozen_stages} of 4 stages frozen)",
-        "steps": experiment.train.steps, "images a step": len(images),
-        "cache MB": round(stored * 2 * len(data) * (1 + d.flip) / 2**20),
-        "memory MB": alike.get("peak_memory_mb", peak_memory_mb()),
-        "embedding seconds": round(embedding, 1), "training seconds": round(training, 2),
-        "estimate": duration(alike.get("seconds", embedding + training)),
-        "estimated from": "a finished run like it" if alike else f"{steps} steps on this machine",
-    }  # fmt: skip
-
-
-def _alike(experiment: Experiment) -> dict[str, Any]:
-    """The record of a finished run that differs in name or seed alone, if there is one."""
-    for file in sorted(place("runs").glob("*/record.json")):
-        with contextlib.suppress(LCCoError):
-            run = _stored(file.parent)
-            current = run.record.get("training_version") == TRAINING_VERSION
-            if current and run.experiment.replace(seed=experiment.seed).hash == experiment.hash:
-                return run.record
-    return {}
+    return embedding + (time.monotonic() - began) / steps * trainer.experiment.train.steps

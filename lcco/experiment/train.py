@@ -24,7 +24,6 @@ from lcco.experiment.predictor import (
     check_words,
     deterministic,
     save_model,
-    threads_of,
     trained_state,
 )
 from lcco.losses import total_loss
@@ -87,18 +86,20 @@ class Trainer:
         unused = DistributedDataParallelKwargs(find_unused_parameters=True)
         self.accelerator = a = Accelerator(mixed_precision="no", kwargs_handlers=[unused])
         self.model = build_model(experiment, features, vocabulary).to(a.device)
+        if experiment.train.start:
+            start_from(self.model, experiment, vocabulary)
         self.net, self.optimizer = a.prepare(self.model, self._optimizer())
-        d, names = experiment.data, ("class_sampling", "paired", "absent", "flip", "crop")
-        self.sampler = GroupSampler(
-            data, groups=d.groups * a.num_processes, group_size=d.group_size, seed=experiment.seed,
-            **{name: getattr(d, name) for name in names},
-        )  # fmt: skip
+        names = {"group_size", "class_sampling", "paired", "absent", "flip", "crop"}
+        how, groups = experiment.data.model_dump(include=names), experiment.data.groups
+        groups *= a.num_processes
+        self.sampler = GroupSampler(data, groups=groups, seed=experiment.seed, **how)
         self.mine = slice(a.process_index, None, a.num_processes)  # of a step's groups
         self.text = vocabulary.embeddings.to(a.device)
+        self.learned = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        self.source = v_gt_source(experiment)
         self.state: dict[str, Any] = {"step": 0, "best": -1.0, "best_step": 0, "seconds": 0.0}
         self.ema: dict[str, Tensor] | None = None
-        self.sums: dict[str, Tensor] = {}  # of the losses since the last line of the log
-        self.summed = 0
+        self.since: list[dict[str, Tensor]] = []  # losses since the last line of the log
 
     def _optimizer(self) -> torch.optim.Optimizer:
         t, groups = self.experiment.train, {False: [], True: []}
@@ -117,16 +118,16 @@ class Trainer:
         """
         self.restore()
         e, steps, earlier = self.experiment, self.experiment.train.steps, self.state["seconds"]
-        background = e.loss.mask_background if v_gt_source(e) == "tower" else None
-        self.features.prepare(self.data, flip=e.data.flip, truths=True, background=background)
+        background = e.loss.mask_background if self.source == "tower" else None
+        self.features.prepare(self.data, flip=e.data.flip, background=background)
         if self.holdout:
             self.features.prepare(self.holdout)
-        with deterministic(threads := threads_of(self.features)), ThreadPoolExecutor(1) as loader:
+        with deterministic(self.features), ThreadPoolExecutor(1) as loader:
+            threads = torch.get_num_threads()
             self._loop(range(self.state["step"], min(stop_at or steps, steps)), loader)
         if self.state["step"] >= steps:
             self._save_weights("last.safetensors")
-        learned = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        more = {"parameters": learned, "threads": threads, "seconds_before": earlier}
+        more = {"parameters": self.learned, "threads": threads, "seconds_before": earlier}
         return self.state | more
 
     def _loop(self, steps: range, loader: ThreadPoolExecutor) -> None:
@@ -137,13 +138,11 @@ class Trainer:
         for n in progress((step + 1 for step in steps), what, len(steps)):
             batch = coming.result().to(self.accelerator.device)
             coming = loader.submit(self.batch, n) if n in steps else None
-            for name, part in self.step(batch).items():
-                self.sums[name] = self.sums.get(name, 0) + part
-            self.summed += 1
+            self.since.append(self.step(batch))
             due = n % self.experiment.train.eval_every == 0 or n == self.experiment.train.steps
             if due or n % LOG_EVERY == 0:
                 self._log(due)
-            # Only where the sums begin anew, so that a log is the same however a run was cut.
+            # Only after a line of the log, so that a log is the same however a run was cut.
             rest = time.monotonic() - saved > 60 and n % LOG_EVERY == 0
             if rest or due or n == steps.stop:
                 self.state["seconds"] += time.monotonic() - began
@@ -154,7 +153,7 @@ class Trainer:
         """This process's groups of a step (0-based)."""
         return batch(
             self.features, self.vocabulary, self.data, self.sampler.draws(step)[self.mine],
-            v_gt=v_gt_source(self.experiment), background=self.experiment.loss.mask_background,
+            v_gt=self.source, background=self.experiment.loss.mask_background,
         )  # fmt: skip
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
@@ -215,11 +214,12 @@ class Trainer:
     def _log(self, due: bool) -> None:
         """A line of `metrics.jsonl`: mean losses since the line before; where due, holdout J."""
         step, zero = self.state["step"], torch.zeros((), device=self.accelerator.device)
-        sums = torch.stack([self.sums.get(name, zero) for name in LOSSES])
-        sums = self.accelerator.reduce(sums, "mean").tolist()  # over processes
-        line = {k: v / self.summed for k, v in zip(LOSSES, sums, strict=True) if k in self.sums}
+        means = [sum(one.get(k, zero) for one in self.since) / len(self.since) for k in LOSSES]
+        means = self.accelerator.reduce(torch.stack(means), "mean").tolist()  # over processes
+        known = set().union(*self.since)
+        line = {k: v for k, v in zip(LOSSES, means, strict=True) if k in known}
         line |= {"step": step, "lr": self.optimizer.param_groups[0]["lr"]}
-        self.sums, self.summed = {}, 0
+        self.since = []
         if not math.isfinite(line["loss"]):
             said = f"the loss is {line['loss']} at step {step}"
             mend = "lower `train.lr`, or set `train.clip`; weights saved before are kept"
@@ -251,44 +251,36 @@ class Trainer:
                 torch.save(state, part)
 
     def restore(self) -> None:
-        """Take up the checkpoint, or begin: from the seed's weights or from `train.start`."""
-        log, saved = self.folder / "metrics.jsonl", self._read_checkpoint()
-        if saved is None and self.experiment.train.start:
-            start_from(self.model, self.experiment, self.vocabulary)
-        try:
-            if saved is not None:
-                self.model.load_state_dict(saved["model"], strict=False)
-                self.optimizer.load_state_dict(saved["optimizer"])
-                self.state = saved["state"]
-            if self.experiment.train.ema:
-                now = saved["ema"] if saved else trained_state(self.model)
-                device = self.accelerator.device
-                self.ema = {k: v.detach().clone().to(device) for k, v in now.items()}
-        except (KeyError, ValueError, RuntimeError, TypeError, AttributeError):
-            what = "from other settings; remove it and start again"
-            raise LCCoError(f"{self.checkpoint}: {what}") from None
+        """Take up the checkpoint, if there is one, and cut the log where it was saved."""
+        begun = self.checkpoint.is_file()
+        if begun:
+            self._load_checkpoint()
+        elif self.experiment.train.ema:
+            self.ema = {k: v.detach().clone() for k, v in trained_state(self.model).items()}
         if not self.accelerator.is_main_process:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        if saved is None:  # of a start that was given up
+        if not begun:  # of a start that was given up
             (self.folder / "best.safetensors").unlink(missing_ok=True)
+        log = self.folder / "metrics.jsonl"
         if log.is_file():
             lines = [n for n in log.read_text(encoding="utf-8").splitlines() if n.endswith("}")]
             kept = [n for n in lines if json.loads(n)["step"] <= self.state["step"]]
             write_text(log, "".join(f"{n}\n" for n in kept))
 
-    def _read_checkpoint(self) -> dict[str, Any] | None:
-        if not self.checkpoint.is_file():
-            return None
+    def _load_checkpoint(self) -> None:
         try:
             saved = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-        except Exception as error:  # zip, pickle and runtime errors all mean the same to a user
-            what = f"damaged ({type(error).__name__}); remove it to train again from the start"
-            raise LCCoError(f"{self.checkpoint}: {what}") from None
-        if saved["data"] != self.data.identity():
+            self.model.load_state_dict(saved["model"], strict=False)
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.state, data, device = saved["state"], saved["data"], self.accelerator.device
+            self.ema = saved["ema"] and {k: v.to(device) for k, v in saved["ema"].items()}
+        except Exception as error:  # zip, pickle and shape errors all mean the same to a user
+            what = f"damaged, or from other settings ({type(error).__name__})"
+            raise LCCoError(f"{self.checkpoint}: {what}; remove it and start again") from None
+        if data != self.data.identity():
             what = f"{self.data.name} was edited since; remove it and start again"
             raise LCCoError(f"{self.checkpoint}: {what}")
-        return saved
 
 
 def start_from(model: LCCo, experiment: Experiment, vocabulary: Vocabulary) -> None:
