@@ -59,14 +59,14 @@ def test_check_finds_every_planted_fault(tmp_path: Path) -> None:
     assert not table.attrs["ok"] and table.attrs["layout"] == "folders"
     found = {
         "missing mask": ["bird/bi_00"], "missing image": ["ca_01"], "size mismatch": ["cat/ca_02"],
-        "empty mask": ["cow/co_03", "dog/do_09"], "non-binary mask": ["dog/do_04"],
-        "corrupt image": ["plane/pl_05"], "corrupt mask": ["sheep/sh_06"],
-        "unreadable mask": ["dog/do_09"], "duplicate file": ["bird/bi_07"],
+        "empty mask": ["cow/co_03"], "non-binary mask": ["dog/do_04"],
+        "corrupt image": ["plane/pl_05"], "duplicate file": ["bird/bi_07"],
+        "unreadable mask": ["dog/do_09", "sheep/sh_06"],
         "near duplicate": ["car/ca_08"], "most masks empty": [],
     }  # fmt: skip
     assert {what: _rows(table, what) for what in found} == found
     assert set(table.status[table.check == "images"]) == {"note"}  # 69; the literature has 70
-    assert len(_rows(check(root, limit=1), "empty mask")) == 2  # one, and "… 1 more"
+    assert len(_rows(check(root, limit=1), "unreadable mask")) == 2  # one, and "… 1 more"
 
 
 def test_check_names_what_readers_pass_over(tmp_path: Path) -> None:
@@ -183,10 +183,10 @@ def test_check_names_odd_annotations(tmp_path: Path) -> None:
     assert not table.attrs["ok"]
     left_out = [f"annotation {n}" for n in (900, 901, 902, 903, 904, 905, 906)]
     assert _rows(table, "entry left out") == [*left_out, "image 50", "image 51"]
-    assert _rows(table, "odd entry") == ["annotation 908", "annotation x"]
+    assert _rows(table, "odd entry") == ["annotation 908"]
     assert _rows(table, "id twice") == ["annotation 900", "image 0"]
     assert "annotation 909" in " ".join(table.detail[table.check == "unreadable mask"])
-    with pytest.raises(LCCoError, match=r"image id 0 twice \(000000000000.jpg and twice.jpg\)"):
+    with pytest.raises(LCCoError, match=r"image 0 twice \(000000000000.jpg and twice.jpg\)"):
         load_data(str(root))
 
 

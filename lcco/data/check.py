@@ -3,34 +3,29 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from lcco.common import VOID, LCCoError, few, file_digest, progress
+from lcco.data import sets
 from lcco.data.coco import COCOData
 from lcco.data.load import ICOSEG8, INTERNET3, MSRC7, open_folder
 from lcco.data.overlap import near_pairs, picture_hash
-from lcco.data.pictures import LOSSY, read_labels, read_mask, read_picture
-from lcco.data.sets import (
-    BARE_CLASSES,
-    BARE_MASKS,
-    LAYOUTS,
-    THREADS,
-    VOC_CLASSES,
-    CoSegData,
-    VOCData,
-    class_areas,
-)
+from lcco.data.pictures import bad, is_lossy, read_picture
+from lcco.data.sets import BARE_CLASSES, BARE_MASKS, VOC_CLASSES, CoSegData, FolderData, VOCData
 
 if TYPE_CHECKING:
     import pandas as pd
 
 _VOC_LISTS = {"train": 1464, "val": 1449, "train_aug": 10_582, "trainaug": 10_582}
+_LITERATURE = (  # set, its groups, their number, images, images a group
+    ("MSRC7", MSRC7, 7, 70, 10), ("Internet", INTERNET3, 3, 300, 100),
+    ("PASCAL1037", VOC_CLASSES, 20, 1037, None), ("iCoseg8", ICOSEG8, 8, None, None),
+)  # fmt: skip
+_KINDS = ("missing mask", "size mismatch", "corrupt image", "unreadable mask")
 _Found = list[tuple[str, str]]  # item, detail
 
 
@@ -38,13 +33,13 @@ _Found = list[tuple[str, str]]  # item, detail
 class _Seen:
     """One item decoded once: what the check needs of it."""
 
+    kind: str  # of error
+    detail: str = ""
     content: str = ""
     hash: str = ""
-    kind: str = ""  # of error
-    detail: str = ""
     empty: bool = False
     grey: str = ""  # how the mask is not binary
-    labels: dict[str, int] | None = None  # VOC: pixels of each value
+    areas: dict[str, float] = field(default_factory=dict)  # VOC: of each class
 
 
 class _Table:
@@ -58,12 +53,13 @@ class _Table:
 
     def count(self, what: str, item: str, found: int, expected: int | None, detail="") -> None:
         """A number, beside the one that is expected if there is one."""
-        status = "ok" if expected in (None, found) else "note"
-        number = "" if expected is None else str(expected)
+        number, status = ("", "ok") if expected is None else (str(expected), "note")
+        status = "ok" if found == expected else status
         self.rows.append((status, what, item, str(found), number, detail if number else ""))
 
-    def report(self, status: str, what: str, found: _Found) -> None:
+    def report(self, status: str, what: str, items: Iterable[tuple[str, str]]) -> None:
         """How many items of a kind there are, and the first of them."""
+        found = list(items)
         self.rows.append((status if found else "ok", what, "", str(len(found)), "0", ""))
         self.rows += [(status, what, item, "", "", why) for item, why in found[: self.limit]]
         if len(found) > self.limit:
@@ -87,109 +83,76 @@ def check(
     import pandas as pd
 
     data = open_folder(Path(path), min_images=min_images, min_area=min_area)
-    with ThreadPoolExecutor(THREADS) as pool:
+    with ThreadPoolExecutor(sets.THREADS) as pool:
         found = pool.map(lambda i: _look(data, i), range(len(data)))
         seen = list(progress(found, f"checking {data.name}", len(data)))
-    if isinstance(data, VOCData):
-        data.areas = [class_areas(s.labels or {}) for s in seen]
+    data.facts["areas"] = [s.areas for s in seen]
     table = _Table(limit)
     _count(table, data, seen)
     _faults(table, data, seen)
-    _duplicates(table, data, seen, training)
+    _duplicates(table, data, seen)
+    if training is not None:
+        hashed = [i for i, s in enumerate(seen) if s.hash]
+        pairs = dict(near_pairs([seen[i].hash for i in hashed], training.hashes()))
+        common = [(data.keys[hashed[a]], f"is {training.keys[b]} there") for a, b in pairs.items()]
+        table.report("error", f"in training set {training.name}", common)
     out = pd.DataFrame(table.rows, columns=_Table.columns)
     ok = bool((out["status"] != "error").all())
     out.attrs.update(ok=ok, layout=data.layout, path=str(path))
     return out
 
 
-# ---------------------------------------------------------------------------------------- an item
 def _look(data: CoSegData, i: int) -> _Seen:
     """Decode item i's picture and mask once; never raises for a bad file."""
-    seen, path = _Seen(), data.path(i)
+    path, truth = data.path(i), data.truth_path(i)
+    seen = _Seen("corrupt image" if path.is_file() else "missing image")
     try:
-        seen.kind = "corrupt image" if path.is_file() else "missing image"
         picture = read_picture(path)
         seen.content, seen.hash = file_digest(path, 16), picture_hash(picture)
-        seen.kind = "missing mask"
-        truth = data.truth_path(i)
-        if not truth.is_file():
-            raise LCCoError(f"no {truth}")
-        seen.kind = "unreadable mask"
-        mask = _truth(data, i, truth)
+        seen.kind = "unreadable mask" if truth.is_file() else "missing mask"
+        stored = data.stored_mask(i)
         seen.kind = "size mismatch"
-        if mask.shape != picture.size[::-1]:
-            sizes = f"{mask.shape[1]}×{mask.shape[0]}, image {picture.width}×{picture.height}"
-            raise LCCoError(f"{truth}: mask {sizes}")
+        data.sized(i, stored)
+        seen.kind = "unreadable mask"
+        if isinstance(data, VOCData):
+            seen.areas, last = sets.class_areas(stored), len(VOC_CLASSES)
+            seen.empty = not seen.areas
+            if ((stored > last) & (stored < VOID)).any():
+                raise bad(truth, f"values beyond {last} that are not {VOID}", "save it again")
+        else:
+            seen.empty = not data.mask(i, data.classes_of(i)).any()
+        if isinstance(data, FolderData):
+            low, high, share = (32, 224, 0.02) if is_lossy(truth) else (1, 255, 0)
+            soft = ((stored >= low) & (stored < high)).mean()
+            told = f"{soft:.1%} of pixels are neither 0 nor 255; read as object above 127"
+            seen.grey = told if soft > share else ""
+        seen.kind = ""
     except (OSError, LCCoError) as error:
         seen.detail = str(error)
-        if seen.kind == "unreadable mask" and "corrupt" in seen.detail:
-            seen.kind = "corrupt mask"
-        elif seen.kind == "unreadable mask" and "its annotations" in seen.detail:
-            seen.kind = "size mismatch"
-        return seen
-    seen.kind = ""
-    _judge(data, truth, mask, seen)
     return seen
 
 
-def _truth(data: CoSegData, i: int, truth: Path) -> np.ndarray:
-    if isinstance(data, COCOData):
-        return data.mask(i, sorted(data.labels_of(i)))
-    return read_labels(truth) if isinstance(data, VOCData) else read_mask(truth)
-
-
-def _judge(data: CoSegData, truth: Path, mask: np.ndarray, seen: _Seen) -> None:
-    """Whether a mask that could be read says something."""
-    counts = np.bincount(mask.ravel(), minlength=256)
-    if isinstance(data, VOCData):
-        last = len(VOC_CLASSES)
-        seen.labels = {str(k): int(counts[k]) for k in np.flatnonzero(counts)}
-        seen.empty = not counts[1 : last + 1].any()
-        if counts[last + 1 : VOID].any():
-            seen.kind = "unreadable mask"
-            seen.detail = f"{truth}: values beyond {last} that are not {VOID}"
-        return
-    if isinstance(data, COCOData):
-        seen.empty = not counts[1]
-        return
-    seen.empty = not counts[128:].any()
-    lossy = truth.suffix.lower() in LOSSY
-    soft = (counts[32:224] if lossy else counts[1:255]).sum() / mask.size
-    if seen.empty and counts[1:128].sum() > 0.001 * mask.size:
-        seen.kind = "unreadable mask"
-        seen.detail = f"{truth}: no value above 127 but {mask.max()}; save it as 0 and 255"
-    elif soft > (0.02 if lossy else 0):
-        seen.grey = f"{soft:.1%} of pixels are neither 0 nor 255; read as object above 127"
-
-
 # ---------------------------------------------------------------------------------------- the rows
-def _literature(data: CoSegData) -> tuple[str, int | None, int | None, int | None, Sequence[str]]:
-    """The literature's set that this is a copy of: name, groups, images, images a group, groups."""
-    groups = set(data.groups)
+def _literature(data: CoSegData) -> tuple[str, Sequence[str], int | None, int | None, int | None]:
+    """The literature's set that this is a copy of: as a row of `_LITERATURE`."""
+    groups = sorted(data.groups)
     if data.layout == "coco" and len(groups) > 70:
-        return "COCO-SEG", 78, 107_132, None, sorted(groups)
-    if data.layout in ("voc", "coco"):
-        return "", None, None, None, ()
-    if groups >= set(MSRC7):
-        return "MSRC7", 7, 70, 10, MSRC7
-    if groups == set(INTERNET3):
-        return "Internet", 3, 300, 100, INTERNET3
-    if groups == set(VOC_CLASSES):
-        return "PASCAL1037", 20, 1037, None, VOC_CLASSES
-    if groups == set(ICOSEG8):
-        return "iCoseg8", 8, None, None, ICOSEG8
-    if data.layout == "icoseg" or groups > set(ICOSEG8):
-        return "iCoseg", 38, 643, None, sorted(groups)
-    return "", None, None, None, ()
+        return "COCO-SEG", groups, 78, 107_132, None
+    if data.layout not in ("voc", "coco"):
+        for row in _LITERATURE:
+            if set(groups) == set(row[1]) or (row[0] == "MSRC7" and set(groups) > set(MSRC7)):
+                return row
+        if data.layout == "icoseg" or set(groups) > set(ICOSEG8):
+            return "iCoseg", groups, 38, 643, None
+    return "", (), None, None, None
 
 
 def _count(table: _Table, data: CoSegData, seen: Sequence[_Seen]) -> None:
     """Groups, images, masks and lists, beside the literature's counts."""
-    name, groups, images, each, own = _literature(data)
-    about = f"the literature's {name}"
-    whole = set(own) == set(data.groups)
-    masks = sum(s.kind not in ("missing mask", "corrupt mask") for s in seen)
-    table.rows.append(("ok", "layout", data.name, data.layout, "", LAYOUTS[data.layout]))
+    name, own, groups, images, each = _literature(data)
+    about, whole = f"the literature's {name}", set(own) == set(data.groups)
+    masks = sum(s.kind != "missing mask" for s in seen)
+    table.rows.append(("ok", "layout", data.name, data.layout, "", sets.LAYOUTS[data.layout]))
     table.count("groups", "", len(data.groups), groups if whole else None, about)
     table.count("images", "", len(data), images if whole else None, about)
     table.count("masks", "", masks, len(data), "" if masks == len(data) else "fewer than images")
@@ -208,9 +171,8 @@ def _faults(table: _Table, data: CoSegData, seen: Sequence[_Seen]) -> None:
     left_out = dict(data.left_out)
     bare = [(Path(file).stem, f"{file} has no image") for file in left_out.pop(BARE_MASKS, [])]
     table.report("error", "missing image", items("missing image") + bare)
-    for what in ("missing mask", "size mismatch", "corrupt image", "corrupt mask"):
+    for what in _KINDS:
         table.report("error", what, items(what))
-    table.report("error", "unreadable mask", items("unreadable mask"))
     for what in sorted({fault[0] for fault in data.faults}):
         table.report("error", what, [(item, why) for w, item, why in data.faults if w == what])
     empty = [i for i, s in enumerate(seen) if s.empty]
@@ -234,20 +196,17 @@ def _faults(table: _Table, data: CoSegData, seen: Sequence[_Seen]) -> None:
     table.report("note", "non-binary mask", grey)
 
 
-def _duplicates(
-    table: _Table, data: CoSegData, seen: Sequence[_Seen], training: CoSegData | None
-) -> None:
-    def several(items: Sequence[int]) -> tuple[str, str]:
-        first, *others = (data.keys[i] for i in items)
-        return first, f"= {few(others)}"
+def _duplicates(table: _Table, data: CoSegData, seen: Sequence[_Seen]) -> None:
+    def report(what: str, groups: Iterable[list[int]]) -> None:
+        keys = [[data.keys[i] for i in sorted(items)] for items in groups if len(items) > 1]
+        table.report("note", what, [(first, f"= {few(others)}") for first, *others in keys])
 
     same: dict[str, list[int]] = defaultdict(list)
     for i, s in enumerate(seen):
         if s.content:
             same[s.content].append(i)
-    twice = [several(items) for items in same.values() if len(items) > 1]
-    table.report("note", "duplicate file", twice)
-    one = [items[0] for items in same.values() if seen[items[0]].hash]
+    report("duplicate file", same.values())
+    one = [items[0] for items in same.values()]
     hashes = [seen[i].hash for i in one]
     first: dict[int, int] = {}  # a near duplicate → the first of its kind
     for a, b in near_pairs(hashes, hashes):
@@ -255,10 +214,4 @@ def _duplicates(
     near: dict[int, list[int]] = defaultdict(list)
     for i, leader in first.items():
         near[leader].append(i)
-    alike = [several(sorted(items)) for items in near.values() if len(items) > 1]
-    table.report("note", "near duplicate", alike)
-    if training is not None:
-        hashed = [i for i, s in enumerate(seen) if s.hash]
-        pairs = dict(near_pairs([seen[i].hash for i in hashed], training.hashes()))
-        common = [(data.keys[hashed[a]], f"is {training.keys[b]} there") for a, b in pairs.items()]
-        table.report("error", f"in training set {training.name}", common)
+    report("near duplicate", near.values())

@@ -4,144 +4,184 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+import unicodedata
+from collections import defaultdict
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from lcco.common import LCCoError, file_digest
-from lcco.data.pictures import picture_size, same_name
-from lcco.data.sets import CoSegData, facts
+from lcco.common import LCCoError
+from lcco.data.pictures import bad, same_name
+from lcco.data.sets import CoSegData
 
 COCO_MIN_AREA = 4000  # COCO-SEG: an image counts for a category by one instance of more pixels
 COCO_MIN_IMAGES = 100  # COCO-SEG: categories with fewer such images are dropped
 FAR = 100_000  # pixels: no picture is as wide, and no outline goes there
-_ONE = {"images": "image", "categories": "category", "annotations": "annotation"}
+_ONE = ("image", "category", "annotation")
 
 
-@dataclass(frozen=True)
-class _Image:
-    """A picture that the file lists."""
-
+class _Image(NamedTuple):
     name: str
     width: int
     height: int
 
 
-@dataclass(frozen=True)
-class _Object:
-    """An annotation that can be used: its outline as polygons or run lengths."""
-
+class _Object(NamedTuple):
     item: str
     category: str
-    outline: Any
+    outline: Any  # polygons or run lengths
     area: float
     crowd: bool
 
-    def mask(self, image: _Image) -> np.ndarray:
+
+class COCOData(CoSegData):
+    """COCO's instances; an image is in a category's group by one (no crowd) of > `min_area` px.
+
+    Categories of one name are one; those with fewer than `min_images` such images are dropped. The
+    key is `file_name`. A mask is the union of all of the classes' annotations, crowds too.
+    problems: (status, entry, why) of the file's entries that cannot be used or are odd.
+    """
+
+    UNUSED = "entries of the file that cannot be used (`lcco data check` names each)"
+
+    def __init__(
+        self, name: str, root: Path, *, min_area: float = COCO_MIN_AREA,
+        min_images: int = COCO_MIN_IMAGES,
+    ) -> None:  # fmt: skip
+        super().__init__(name, "coco")
+        self.file, folder = _files(name, root)
+        self.problems: list[tuple[str, str, str]] = []
+        self._images: dict[str, _Image] = {}
+        self._categories: dict[str, str] = {}
+        self._objects: dict[str, list[_Object]] = defaultdict(list)
+        self._names: dict[str, str] = {}  # entry → what it names
+        self._read()
+        found: dict[str, set[str]] = defaultdict(set)
+        for key, objects in self._objects.items():
+            for o in objects:
+                if not o.crowd and o.area > min_area:
+                    found[o.category].add(key)
+        groups = {c: found[c] for c in sorted(found) if len(found[c]) >= min_images}
+        if not groups:
+            rule = f"no category has {min_images} images with an instance over {min_area:g} px"
+            first = f"; {': '.join(self.problems[0][1:])}" if self.problems else ""
+            raise LCCoError(f"{self.file}: {rule}{first}")
+        self.ids = sorted(set().union(*groups.values()), key=lambda k: self._images[k].name)
+        self.keys = tuple(self._images[k].name for k in self.ids)
+        self.files = [(_on_disk(folder, key), self.file) for key in self.keys]
+        number = {key: n for n, key in enumerate(self.ids)}
+        self.groups = {c: tuple(sorted(map(number.get, keys))) for c, keys in groups.items()}
+        reasons = {
+            self.UNUSED: [item for status, item, _ in self.problems if status == "error"],
+            "images without a category's instance that is large enough":
+                [image.name for key, image in self._images.items() if key not in number],
+            f"categories with fewer than {min_images} images": sorted(found.keys() - groups.keys()),
+        }  # fmt: skip
+        self.left_out |= {why: names for why, names in reasons.items() if names}
+
+    # ------------------------------------------------------------------------------- the entries
+    def _read(self) -> None:
+        try:
+            document = json.loads(self.file.read_text(encoding="utf-8-sig"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise self._refused(str(error)[:80]) from None
+        readers = {"images": self._read_image, "categories": self._read_category,
+                   "annotations": self._read_object}  # fmt: skip
+        for (part, read), one in zip(readers.items(), _ONE, strict=True):
+            entries = document.get(part) if isinstance(document, dict) else None
+            if not isinstance(entries, list):
+                raise self._refused(f"no list `{part}`")
+            for n, entry in enumerate(entries, 1):
+                key = _key(entry.get("id")) if isinstance(entry, dict) else None
+                item = f"{one} {f'no. {n} of the list' if key is None else key}"
+                try:
+                    read(item, key, entry)
+                except KeyError as error:
+                    self.problems.append(("error", item, f"no {error.args[0]}"))
+                except (ValueError, TypeError, OverflowError, LCCoError) as error:
+                    self.problems.append(("error", item, str(error)))
+        if not self._categories:
+            raise self._refused("no category with an id and a name")
+
+    def _refused(self, why: str) -> LCCoError:
+        return bad(self.file, f"not a COCO instances file ({why})", "export it again")
+
+    def _is_first(self, item: str, name: str) -> bool:
+        """Whether no entry before was this one: that would be a fault."""
+        if first := self._names.get(item):
+            told = bad(self.file, f"{item} twice ({first} and {name})", "export it again")
+            self.faults.append(("id twice", item, str(told)))
+        self._names.setdefault(item, name)
+        return not first
+
+    def _read_image(self, item: str, key: str | None, entry: dict) -> None:
+        name = same_name(str(entry["file_name"]).replace("\\", "/"))
+        image = _Image(name, int(entry["width"]), int(entry["height"]))
+        if key is None or not (0 < image.width < FAR and 0 < image.height < FAR):
+            raise ValueError(f"{name}: no id, or no size in pixels")
+        if self._is_first(item, name) and self._is_first(f"file {name}", item):
+            self._images[key] = image
+
+    def _read_category(self, item: str, key: str | None, entry: dict) -> None:
+        name = str(entry["name"]).strip()
+        if key is None or not name:
+            raise ValueError("no id or no name")
+        if self._is_first(item, name):
+            self._categories[key] = name
+
+    def _read_object(self, item: str, _: str | None, entry: dict) -> None:
+        key, category = _key(entry["image_id"]), _key(entry["category_id"])
+        if key not in self._images:
+            raise ValueError(f"image {key} is not in the file, or cannot be used")
+        image = self._images[key]
+        if not self._is_first(item, image.name):
+            return
+        if category not in self._categories:
+            raise ValueError(f"{image.name}: category {category} is not in the file")
+        outline, why = _outline(entry["segmentation"], image)
+        if not outline:
+            raise ValueError(f"{image.name}: {why}")
+        if why:
+            self.problems.append(("note", item, f"{image.name}: {why}; its others are read"))
+        area, crowd = entry.get("area"), entry.get("iscrowd") in (1, "1")
+        found = _Object(item, self._categories[category], outline, area, crowd)
+        if not isinstance(area, (int, float)) or not area > 0:
+            found = found._replace(area=int(self._decoded(found, image).sum()))
+            told = f"{image.name}: area is {area!r}, its mask's {found.area} px"
+            self.problems.append(("note", item, told))
+        self._objects[key].append(found)
+
+    # ----------------------------------------------------------------------------------- the masks
+    def _decoded(self, found: _Object, image: _Image) -> np.ndarray:
         """uint8 [H, W] of {0, 1}. Raises: LCCoError naming the annotation."""
         from pycocotools import mask as coco
 
         try:
-            runs = self.outline
+            runs = found.outline
             if isinstance(runs, list):
                 runs = coco.merge(coco.frPyObjects(runs, image.height, image.width))
             elif isinstance(runs["counts"], list):
                 runs = coco.frPyObjects(runs, image.height, image.width)
             return coco.decode(runs).astype(np.uint8)
-        except Exception as error:
-            why = f"its outline does not decode ({error or type(error).__name__})"
-            raise LCCoError(f"{self.item}: {why}; take it out of the file") from None
+        except Exception as error:  # of several kinds
+            what = f"{found.item}: its outline does not decode ({error or type(error).__name__})"
+            raise bad(self.file, what, "take it out") from None
 
+    def labels_of(self, i: int) -> frozenset[str]:
+        return frozenset(found.category for found in self._objects[self.ids[i]])
 
-class _Document:
-    """An instances file, read entry by entry.
+    def stored_mask(self, i: int, classes: Collection[str] | None = None) -> np.ndarray:
+        image = self._images[self.ids[i]]
+        out = np.zeros((image.height, image.width), np.uint8)
+        for found in self._objects[self.ids[i]]:
+            if classes is None or found.category in classes:
+                out |= self._decoded(found, image)
+        return out
 
-    problems: (status, entry, why) of what cannot be used or is odd; faults: as of `CoSegData`.
-    """
-
-    def __init__(self, file: Path) -> None:
-        self.file, self.problems, self.faults = file, [], []
-        self.images: dict[str, _Image] = {}
-        self.categories: dict[str, str] = {}
-        self.objects: dict[str, list[_Object]] = defaultdict(list)
-        self._pictures: dict[str, str] = {}  # annotation → its picture
-        try:
-            document = json.loads(file.read_text(encoding="utf-8-sig"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise self._refused(str(error)[:80]) from None
-        parts = {"images": self._image, "categories": self._category, "annotations": self._object}
-        for part, read in parts.items():
-            entries = document.get(part) if isinstance(document, dict) else None
-            if not isinstance(entries, list):
-                raise self._refused(f"no list `{part}`")
-            for n, entry in enumerate(entries, 1):
-                entry = entry if isinstance(entry, dict) else {}
-                key = _key(entry.get("id"))
-                read(entry, key, f"{_ONE[part]} {f'no. {n} of the list' if key is None else key}")
-        if not self.categories:
-            raise self._refused("no category with an id and a name")
-
-    def _refused(self, why: str) -> LCCoError:
-        return LCCoError(f"{self.file}: not a COCO instances file ({why}); export it again")
-
-    def _problem(self, item: str, why: str, status: str = "error") -> None:
-        self.problems.append((status, item, why))
-
-    def _twice(self, item: str, one: str, other: str) -> None:
-        told = f"{item.replace(' ', ' id ', 1)} twice ({one} and {other}); export it again"
-        self.faults.append(("id twice", item, f"{self.file}: {told}"))
-
-    def _image(self, entry: dict, key: str | None, item: str) -> None:
-        name, size = entry.get("file_name"), [entry.get("width"), entry.get("height")]
-        if key is None or not isinstance(name, str) or not name:
-            self._problem(item, "no id" if key is None else "no file_name")
-        elif not all(isinstance(v, (int, float)) and 1 <= v < FAR and v == int(v) for v in size):
-            self._problem(item, f"{name}: no width and height in whole pixels")
-        elif key in self.images:
-            self._twice(item, self.images[key].name, name)
-        else:
-            self.images[key] = _Image(same_name(name.replace("\\", "/")), *map(int, size))
-
-    def _category(self, entry: dict, key: str | None, item: str) -> None:
-        name = str(entry.get("name") or "").strip()
-        if key is None or not name:
-            self._problem(item, "no id" if key is None else "no name")
-        elif self.categories.setdefault(key, name) != name:
-            self._twice(item, self.categories[key], name)
-
-    def _object(self, entry: dict, key: str | None, item: str) -> None:
-        image, category = _key(entry.get("image_id")), _key(entry.get("category_id"))
-        if image not in self.images:
-            return self._problem(item, f"image {image} is not in the file, or cannot be used")
-        picture = self.images[image]
-        if key is not None and key in self._pictures:
-            return self._twice(item, self._pictures[key], picture.name)
-        self._pictures[key or item] = picture.name
-        if category not in self.categories:
-            return self._problem(item, f"{picture.name}: category {category} is not in the file")
-        outline, why = _outline(entry.get("segmentation"), picture)
-        if why:
-            rest, status = ("; its others are read", "note") if outline else ("", "error")
-            self._problem(item, f"{picture.name}: {why}{rest}", status)
-        if not outline:
-            return None
-        if any(isinstance(entry.get(k), str) for k in ("id", "image_id", "category_id")):
-            self._problem(item, f"{picture.name}: ids are text; read as they stand", "note")
-        area, crowd = entry.get("area"), entry.get("iscrowd") in (1, "1")
-        found = _Object(item, self.categories[category], outline, area, crowd)
-        if not isinstance(area, (int, float)) or not area > 0:
-            try:
-                size = int(found.mask(picture).sum())
-            except LCCoError as error:
-                return self._problem(item, f"{picture.name}: {error}")
-            self._problem(item, f"{picture.name}: area is {area!r}, its mask's {size} px", "note")
-            found = replace(found, area=size)
-        return self.objects[image].append(found)
+    def mask(self, i: int, classes: Collection[str]) -> np.ndarray:
+        return self.sized(i, self.stored_mask(i, classes))
 
 
 def _key(value: Any) -> str | None:
@@ -151,26 +191,19 @@ def _key(value: Any) -> str | None:
 
 
 def _outline(found: Any, image: _Image) -> tuple[Any, str]:
-    """What of a segmentation can be used (else None), and what is wrong with it (else "")."""
-    if not found:
-        return None, "no segmentation"
+    """What of a segmentation can be used (else nothing), and what is wrong with it (else "")."""
     if isinstance(found, dict):
-        size, counts = found.get("size"), found.get("counts")
-        if size != [image.height, image.width]:
-            return None, f"run lengths of size {size}, the image is {[image.height, image.width]}"
+        counts, fits = found.get("counts"), found.get("size") == [image.height, image.width]
         if isinstance(counts, list):
             whole = all(isinstance(n, int) and n >= 0 for n in counts)
-            if not whole or sum(counts) != image.width * image.height:
-                return None, "run lengths that do not fill the image"
-        usable = isinstance(counts, (list, str)) and counts
-        return (found, "") if usable else (None, "no run lengths")
-    if not isinstance(found, list):
-        return None, f"a segmentation of kind {type(found).__name__}"
-    if not isinstance(found[0], list):
-        return None, "a flat segmentation; it must be a list of polygons"
+            fits = fits and whole and sum(counts) == image.width * image.height
+        usable = fits and counts and isinstance(counts, (list, str))
+        return (found, "") if usable else (None, "run lengths that do not fill the image")
+    if not found or not isinstance(found, list):
+        return None, "no segmentation"
     good = [p for p in found if _is_polygon(p)]
-    bad = len(found) - len(good)
-    return good or None, f"{bad} of its polygons without 3 points in the image" if bad else ""
+    few = len(found) - len(good)
+    return good, f"{few} of its polygons without 3 points in the image" if few else ""
 
 
 def _is_polygon(points: Any) -> bool:
@@ -181,105 +214,21 @@ def _is_polygon(points: Any) -> bool:
         return False
 
 
-class COCOData(CoSegData):
-    """COCO's instances; an image is in a category's group by one (no crowd) of > `min_area` px.
-
-    Categories of one name are one; those with fewer than `min_images` such images are dropped. The
-    key is `file_name`. A mask is the union of all of the classes' annotations, crowds too.
-    """
-
-    UNUSED = "entries of the file that cannot be used (`lcco data check` names each)"
-
-    def __init__(
-        self, name: str, root: Path, *, min_area: float = COCO_MIN_AREA,
-        min_images: int = COCO_MIN_IMAGES,
-    ) -> None:  # fmt: skip
-        self.file, self.root, others = _files(name, root)
-        document = _Document(self.file)
-        self._images, self._objects = document.images, document.objects
-        groups: dict[str, set[str]] = defaultdict(set)
-        for key, objects in document.objects.items():
-            for found in objects:
-                if not found.crowd and found.area > min_area:
-                    groups[found.category].add(key)
-        small = [c for c, found in groups.items() if len(found) < min_images]
-        groups = {c: found for c, found in groups.items() if c not in small}
-        if not groups:
-            rule = f"no category has {min_images} images with an instance over {min_area:g} px"
-            first = f"; {': '.join(document.problems[0][1:])}" if document.problems else ""
-            raise LCCoError(f"{self.file}: {rule}{first}")
-        used = set().union(*groups.values())
-        self.ids = sorted(used, key=lambda k: (self._images[k].name, k))
-        number = {key: n for n, key in enumerate(self.ids)}
-        super().__init__(
-            name, "coco", [self._images[k].name for k in self.ids],
-            {c: sorted(number[k] for k in found) for c, found in groups.items()},
-        )  # fmt: skip
-        self.problems, self.faults = document.problems, document.faults
-        for key, n in Counter(self.keys).items():
-            if n > 1:
-                two = " and ".join(f"image {k}" for k in self.ids if self._images[k].name == key)
-                told = f"{self.file}: {two} are both {key}; export it again"
-                self.faults.append(("id twice", key, told))
-        self.left_out = {
-            self.UNUSED: [item for status, item, _ in self.problems if status == "error"],
-            "images without a category's instance that is large enough":
-                [image.name for key, image in self._images.items() if key not in used],
-            f"categories with fewer than {min_images} images": sorted(small),
-            f"other annotations than {self.file.name}": others,
-        }  # fmt: skip
-        self.left_out = {why: names for why, names in self.left_out.items() if names}
-
-    def path(self, i: int) -> Path:
-        return self._paths[i]
-
-    @cached_property
-    def _paths(self) -> list[Path]:
-        """The files; where a disk spells a name in another way, as it does."""
-        found, folders = [], {}
-        for key in self.keys:
-            path = self.root / key
-            if not key.isascii() and not path.exists() and path.parent.is_dir():
-                if path.parent not in folders:
-                    folders[path.parent] = {same_name(f.name): f for f in path.parent.iterdir()}
-                path = folders[path.parent].get(path.name, path)
-            found.append(path)
-        return found
-
-    def truth_path(self, i: int) -> Path:
-        return self.file
-
-    @cached_property
-    def truth_contents(self) -> list[str]:
-        return facts("masks", [self.file], lambda p: file_digest(p, 16), "hashing") * len(self)
-
-    def labels_of(self, i: int) -> frozenset[str]:
-        return frozenset(found.category for found in self._objects[self.ids[i]])
-
-    def mask(self, i: int, classes: Sequence[str]) -> np.ndarray:
-        image, path = self._images[self.ids[i]], self.path(i)
-        if (size := picture_size(path)) != (image.width, image.height):
-            sizes = f"image is {size[0]}×{size[1]}, its annotations {image.width}×{image.height}"
-            raise LCCoError(f"{path}: {sizes}; put the original picture back")
-        out = np.zeros((image.height, image.width), np.uint8)
-        try:
-            for found in self._objects[self.ids[i]]:
-                if found.category in classes:
-                    out |= found.mask(image)
-        except LCCoError as error:
-            raise LCCoError(f"{self.file}: {error}") from None
-        return out
-
-
-def _files(name: str, root: Path) -> tuple[Path, Path, list[str]]:
-    """The annotations, the folder that file names in them are relative to, other annotations."""
+def _files(name: str, root: Path) -> tuple[Path, Path]:
+    """The annotations, and the folder that file names in them are relative to."""
     files = sorted(root.glob("annotations/instances_*.json"))
     if not files:
         raise LCCoError(f"data `{name}`: no {root / 'annotations' / 'instances_train2017.json'}")
     file = next((f for f in files if f.stem == "instances_train2017"), files[0])
     fold = file.stem.removeprefix("instances_")
-    others = [] if fold == "train2017" else [f.name for f in files[1:]]
     for folder in (root / fold, root / "images" / fold):
         if folder.is_dir():
-            return file, folder, others
+            return file, folder
     raise LCCoError(f"data `{name}`: {file.name} is there, its pictures {root / fold} are not")
+
+
+def _on_disk(folder: Path, key: str) -> Path:
+    """A picture's file, where the disk spells its name in another way too."""
+    other = folder / unicodedata.normalize("NFD", key)
+    path = folder / key
+    return other if not key.isascii() and not path.exists() and other.exists() else path

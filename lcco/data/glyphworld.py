@@ -9,7 +9,9 @@ which class is common; only its set does.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import itertools
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -21,32 +23,31 @@ VERSION = 1  # counts up whenever the same seed would draw something else
 
 # name → symbol. The last 12 are for testing: no picture of a training fold holds one.
 CLASSES: dict[str, str] = {
-    "sun": "☀", "cloud": "☁", "star": "★", "snowman": "☃", "shamrock": "☘",
-    "pointing hand": "☛", "radiation sign": "☢", "yin yang": "☯", "ship wheel": "☸",
-    "smiling face": "☺", "chess king": "♔", "chess rook": "♜", "chess pawn": "♟",
-    "spade": "♠", "music note": "♬", "recycling sign": "♻", "die": "⚄", "hammers": "⚒",
-    "scales": "⚖", "urn": "⚱", "scissors": "✂", "envelope": "✉", "pencil": "✎",
-    "snowflake": "❄", "house": "⌂", "monkey": "🐵", "arrow": "⬅", "lightning": "⚡",
+    "sun": "☀", "cloud": "☁", "star": "★", "snowman": "☃", "shamrock": "☘", "pointing hand": "☛",
+    "radiation sign": "☢", "yin yang": "☯", "ship wheel": "☸", "smiling face": "☺",
+    "chess king": "♔", "chess rook": "♜", "chess pawn": "♟", "spade": "♠", "music note": "♬",
+    "recycling sign": "♻", "die": "⚄", "hammers": "⚒", "scales": "⚖", "urn": "⚱", "scissors": "✂",
+    "envelope": "✉", "pencil": "✎", "snowflake": "❄", "house": "⌂", "monkey": "🐵", "arrow": "⬅",
+    "lightning": "⚡",
     "umbrella": "☂", "telephone": "☎", "teacup": "☕", "skull": "☠", "chess knight": "♞",
     "heart": "♥", "flag": "⚑", "anchor": "⚓", "gear": "⚙", "airplane": "✈", "flower": "✿",
     "cat": "🐱",
 }  # fmt: skip
 TRAIN_CLASSES: tuple[str, ...] = tuple(CLASSES)[:28]
 TEST_CLASSES: tuple[str, ...] = tuple(CLASSES)[28:]
-
 _LABELS = {name: n for n, name in enumerate(CLASSES, 1)}
-
-# Line art: the outline is filled and the lines stand on it, darker. All others are solid.
-_LINE_ART = frozenset({
+_LINE_ART = frozenset({  # the outline is filled and the lines stand on it, darker
     "snowman", "smiling face", "chess king", "die", "envelope", "pencil", "house", "monkey",
     "teacup", "skull", "cat", "yin yang",
 })  # fmt: skip
-# Solid symbols through whose holes one sees the background; those of others show a second shade.
-_OPEN = frozenset({
+_OPEN = frozenset({  # one sees the background through the holes; those of others have a shade
     "ship wheel", "recycling sign", "scales", "scissors", "snowflake", "anchor", "gear",
     "music note",
 })  # fmt: skip
-_FOLDS = ("pretrain", "train", "holdout", "test", "choice")
+_GREY = (0.299, 0.587, 0.114)
+_TRIES = 40  # of a colour and of a layout
+_COUNTS = {"pretrain": 4000, "train": 3000, "holdout": 300, "test": 25, "choice": 264}
+_FOLDS = tuple(_COUNTS)
 _GRID = 2  # objects are rasterised this many times finer and averaged down, for smooth edges
 
 
@@ -61,25 +62,20 @@ def _contours(name: str) -> tuple[tuple[np.ndarray, bool], ...]:
 
     path = TextPath((0, 0), CLASSES[name], size=100, prop=FontProperties(family="DejaVu Sans"))
     polygons = [np.asarray(p) for p in path.to_polygons(closed_only=True)]
-    area = [float(np.sum(p[:-1, 0] * p[1:, 1] - p[1:, 0] * p[:-1, 1]) / 2) for p in polygons]
-    largest = int(np.argmax(np.abs(area)))
+    areas = [float(np.sum(p[:-1, 0] * p[1:, 1] - p[1:, 0] * p[:-1, 1]) / 2) for p in polygons]
+    found = sorted(zip(areas, polygons, strict=True), key=lambda pair: -abs(pair[0]))
+    outer = found[0][0]  # a font turns inner contours the other way round
     if name == "snowman":  # the flakes around it are weather, not snowman
-        big = [p for p, a in zip(polygons, area, strict=True) if abs(a) > 0.15 * abs(area[largest])]
-        spots = [(q.mean(0), 0.62 * np.ptp(q, 0).max()) for q in big]
-        kept = [
-            n for n, p in enumerate(polygons)
-            if any(np.linalg.norm(p.mean(0) - c) < r for c, r in spots)
+        big = [p for a, p in found if abs(a) > 0.15 * abs(outer)]
+        spots = [(p.mean(0), 0.62 * np.ptp(p, 0).max()) for p in big]
+        found = [
+            (a, p) for a, p in found
+            if any(np.linalg.norm(p.mean(0) - middle) < r for middle, r in spots)
         ]  # fmt: skip
-        polygons, area = [polygons[n] for n in kept], [area[n] for n in kept]
-        largest = kept.index(largest)
-    points = np.concatenate(polygons)
+    points = np.concatenate([p for _, p in found])
     low, high = points.min(0), points.max(0)
-    order = np.argsort(-np.abs(area), kind="stable")
-    outer = np.sign(area[largest])  # a font turns inner contours the other way round
     middle, side = (low + high) / 2, (high - low).max()
-    return tuple(
-        ((polygons[n] - middle) / side * (1, -1), bool(np.sign(area[n]) == outer)) for n in order
-    )
+    return tuple(((p - middle) / side * (1, -1), a * outer > 0) for a, p in found)
 
 
 def _raster(name: str, extent: float, angle: float) -> tuple[np.ndarray, np.ndarray]:
@@ -126,7 +122,7 @@ def _grid(side: int) -> np.ndarray:
 
 def _texture(rng: np.random.Generator, side: int, size: int, depth: float) -> np.ndarray:
     """A pattern [side, side, 1] around 1: stripes, checks, dots, blotches or a slope."""
-    y, x = (g / size for g in _grid(side))
+    y, x = _grid(side) / size
     kind, angle, period = rng.integers(5), rng.uniform(0, np.pi), rng.uniform(0.05, 0.16)
     u = (x * np.cos(angle) + y * np.sin(angle)) / period
     v = (y * np.cos(angle) - x * np.sin(angle)) / period
@@ -153,13 +149,13 @@ def _colour(
     import colorsys
 
     best, best_gap = np.zeros(3), -1.0
-    for _ in range(40):
+    for _ in range(_TRIES):
         hsv = rng.random(), rng.uniform(*saturation), rng.uniform(0.15, 1)
         rgb = np.array(colorsys.hsv_to_rgb(*hsv))
         gaps = [float(np.linalg.norm(rgb - c)) * (1.6 if n else 1) for n, c in enumerate(away)]
         gap = min(gaps, default=9)
         if away:  # equally bright colours are hard to tell apart, whatever their hue
-            gap = min(gap, 2.2 * abs(float((rgb - away[0]) @ (0.299, 0.587, 0.114))))
+            gap = min(gap, 2.2 * abs(float((rgb - away[0]) @ _GREY)))
         if gap > best_gap:
             best, best_gap = rgb, gap
         if best_gap >= distance:
@@ -172,7 +168,7 @@ def _layout(
 ) -> list[np.ndarray]:
     """Each patch's upper left corner: of 40 layouts the first that leaves 80% of each visible."""
     best, corners = -1.0, []
-    for _ in range(40):
+    for _ in range(_TRIES):
         hidden, shares, tried = np.zeros((size, size), np.float32), [], []
         for patch, extent in zip(patches[::-1], extents[::-1], strict=True):  # the last lies on top
             margin = min(0.44 * extent, size / 2)
@@ -214,12 +210,15 @@ def draw(
     placed = zip(names, colours[1:], patches, corners, strict=True)
     for name, colour, (cover, main), corner in placed:
         there, part = _window(corner, len(cover), size)
-        shade = colour * 0.35 if colour @ (0.299, 0.587, 0.114) > 0.4 else 0.45 * colour + 0.55
+        shade = colour * 0.35 if colour @ _GREY > 0.4 else 0.45 * colour + 0.55
         paint = main[..., None] * colour + (1 - main[..., None]) * shade
         paint = np.clip(paint * _texture(rng, len(cover), size, rng.uniform(0.0, 0.16)), 0, 1)
         picture[there] += cover[part][..., None] * (paint[part] - picture[there])
         labels[there][cover[part] >= 0.5] = _LABELS[name]
     return Image.fromarray((picture * 255 + 0.5).astype(np.uint8)), labels
+
+
+_Scene = tuple[str, tuple[str, ...], tuple[str, ...]]  # key, classes, groups
 
 
 class GlyphWorld(CoSegData):
@@ -228,12 +227,13 @@ class GlyphWorld(CoSegData):
     `scenes`: one tuple of class names a picture. `groups`: class → items, as every set has it.
     """
 
-    def __init__(
-        self, fold: str, scenes: Sequence[tuple[str, ...]], keys: Sequence[str],
-        groups: dict[str, list[int]], size: int,
-    ) -> None:  # fmt: skip
-        super().__init__(f"glyphworld_{fold}", "glyphworld", keys, groups)
-        self.scenes, self.size, self._seed = tuple(scenes), size, _FOLDS.index(fold)
+    def __init__(self, fold: str, found: Sequence[_Scene], size: int) -> None:
+        groups: dict[str, list[int]] = defaultdict(list)
+        for i, (_, _, own) in enumerate(found):
+            for c in own:
+                groups[c].append(i)
+        super().__init__(f"glyphworld_{fold}", "glyphworld", [key for key, _, _ in found], groups)
+        self.scenes, self.size, self._seed = [s for _, s, _ in found], size, _FOLDS.index(fold)
         self._drawn = functools.lru_cache(maxsize=512)(self._draw)  # 32 MB at 128 px
         self._maps: dict[int, np.ndarray] = {}  # small (48 MB for 3,000), asked for by class
 
@@ -249,9 +249,8 @@ class GlyphWorld(CoSegData):
             self._maps[i] = self._drawn(i)[1]
         return self._maps[i]
 
-    def mask(self, i: int, classes: Sequence[str]) -> np.ndarray:
-        wanted = [_LABELS[c] for c in classes if c in _LABELS]
-        return np.isin(self.labels(i), wanted).astype(np.uint8)
+    def mask(self, i: int, classes: Collection[str]) -> np.ndarray:
+        return np.isin(self.labels(i), [_LABELS.get(c, -1) for c in classes]).astype(np.uint8)
 
     def classes_of(self, i: int) -> frozenset[str]:
         return frozenset(self.scenes[i])
@@ -276,42 +275,31 @@ def glyphworld(fold: str, n: int | None = None, size: int = 128) -> CoSegData:
     if n is not None and n < 1:
         raise LCCoError(f"glyphworld_{fold}: {n} pictures; give 1 or more")
     rng = np.random.default_rng((VERSION, 1000 + _FOLDS.index(fold)))
-    keys, scenes, groups = (_test_fold if fold == "test" else _plain_fold)(rng, fold, n)
-    return GlyphWorld(fold, scenes, keys, {c: g for c, g in groups.items() if g}, size)
+    n = n or _COUNTS[fold]
+    found = _test_scenes(rng, n) if fold == "test" else _scenes(rng, fold, n)
+    return GlyphWorld(fold, list(found), size)
 
 
-def _pick(rng: np.random.Generator, among: Sequence[str], count: int) -> list[str]:
-    return [among[j] for j in rng.permutation(len(among))[:count]]
+def _pick(rng: np.random.Generator, among: Sequence, count: int) -> tuple:
+    return tuple(among[j] for j in rng.permutation(len(among))[:count])
 
 
-_Fold = tuple[list[str], list[tuple[str, ...]], dict[str, list[int]]]  # keys, scenes, groups
-
-
-def _test_fold(rng: np.random.Generator, fold: str, n: int | None) -> _Fold:
-    keys, scenes, groups = [], [], {c: [] for c in TEST_CLASSES}
-    for c in TEST_CLASSES:
+def _test_scenes(rng: np.random.Generator, n: int) -> Iterator[_Scene]:
+    for k, c in enumerate(TEST_CLASSES):
         others = [o for o in TEST_CLASSES if o != c]
-        for j in range(n or 25):
-            absent = j % 5 == 4 and (len(keys) // 5) % 6 == 3
+        for j in range(n):
+            absent = j % 5 == 4 and ((k * n + j) // 5) % 6 == 3
             more = _pick(rng, others, int(rng.integers(1, 3)) + absent)
-            names = [*([] if absent else [c]), *more]
-            groups[c].append(len(keys))
-            keys.append(f"{c}/{j:03d}")
-            scenes.append(tuple(names[k] for k in rng.permutation(len(names))))
-    return keys, scenes, groups
+            names = more if absent else (c, *more)
+            yield f"{c}/{j:03d}", _pick(rng, names, len(names)), (c,)
 
 
-def _plain_fold(rng: np.random.Generator, fold: str, n: int | None) -> _Fold:
+def _scenes(rng: np.random.Generator, fold: str, n: int) -> Iterator[_Scene]:
     pool = {"pretrain": tuple(CLASSES), "choice": TEST_CLASSES}.get(fold, TRAIN_CLASSES)
-    pairs = [(a, b) for a in pool for b in pool if a != b]
-    keys, scenes, groups = [], [], {c: [] for c in pool}
-    for j in range(n or {"pretrain": 4000, "train": 3000, "holdout": 300, "choice": 264}[fold]):
+    pairs = list(itertools.permutations(pool, 2))
+    for j in range(n):
         if fold == "choice":
-            names = pairs[int(rng.permutation(len(pairs))[0])] if j >= len(pairs) else pairs[j]
+            names = pairs[j] if j < len(pairs) else _pick(rng, pairs, 1)[0]
         else:
             names = _pick(rng, pool, int(rng.integers(1 if fold == "pretrain" else 2, 4)))
-        for c in names:
-            groups[c].append(j)
-        keys.append(f"{j:05d}")
-        scenes.append(tuple(names))
-    return keys, scenes, groups
+        yield f"{j:05d}", names, names

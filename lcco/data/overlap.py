@@ -23,9 +23,8 @@ CELLS = 24  # a side of the thumbnail
 def picture_hash(image: Image.Image) -> str:
     """What a picture looks like: a grey thumbnail and a 128-bit difference hash, in hex.
 
-    A bit tells whether a cell is brighter than its neighbour, along rows and along columns:
-    re-encoding or resizing changes few (`NEAR`), another picture about half of them, unless both
-    show something on a plain ground, where most bits are 0. There the thumbnail tells them apart.
+    A bit tells whether a cell is brighter than its neighbour: re-encoding or resizing changes few
+    (`NEAR`), another picture half of them, or few on a plain ground, where the thumbnail differs.
     """
     grey = image.convert("L")
     rows = np.asarray(grey.resize((9, 8), Image.Resampling.BOX), np.int16)
@@ -38,11 +37,9 @@ def picture_hash(image: Image.Image) -> str:
 def _looks(hashes: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Bits [n, 2], thumbnails [n, cells] of mean 0 and variance 1, variances and tolerances [n].
 
-    Two thumbnails of one picture are apart by a share of their variance (1 − correlation): 0.002
-    at most after re-encoding and resizing, up to 0.04 after careless resizing or a slight crop of
-    a busy picture. Distinct objects of one size on a plain ground may be apart by 0.005 only. So
-    the tolerance grows with the share of the cells that hold the picture's detail: a few
-    hundredths of a product photograph's cells, about half of a scene's.
+    Thumbnails of one picture are apart by up to 0.002 of their variance, of a busy one by 0.04;
+    those of two objects on a plain ground by 0.005. So the tolerance grows with the share of the
+    cells that hold detail: a few hundredths of a product photograph's, about half of a scene's.
     """
     raw = np.frombuffer(bytes.fromhex("".join(hashes)), np.uint8).reshape(-1, CELLS**2 + 16)
     cells = raw[:, :-16].astype(np.float32)

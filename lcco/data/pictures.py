@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 import unicodedata
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from lcco.common import LCCoError, few
+from lcco.common import LCCoError, one_line
 
-LOSSY = (".jpg", ".jpeg", ".jpe", ".jfif")  # masks in them are binary only nearly
+LOSSY = (".jpg", ".jpeg", ".jpe", ".jfif")
 ENDINGS = frozenset({
     *LOSSY, ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".avif", ".heic", ".heif", ".jp2",
     ".ppm", ".pgm", ".pbm", ".pnm", ".tga",
@@ -23,11 +22,21 @@ _SYSTEM = {
     "system volume information", "thumbs.db", "desktop.ini",
 }  # fmt: skip
 _ORIENTATION = 0x0112
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
-}  # fmt: skip
+_TURNS = dict(enumerate((
+    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90,
+), 2))  # fmt: skip
+
+
+def bad(file: Path | str | None, what: str, mend: str) -> LCCoError:
+    """The one line about a file that cannot be used."""
+    return LCCoError(f"{file}: {what}; {mend}")
+
+
+def is_lossy(path: Path) -> bool:
+    """Whether a file is a JPEG: masks in it are binary only nearly."""
+    return path.suffix.lower() in LOSSY
 
 
 def same_name(name: str) -> str:
@@ -49,49 +58,32 @@ def listing(folder: Path) -> tuple[list[Path], dict[str, list[str]]]:
     try:
         entries = sorted(folder.iterdir(), key=lambda e: (e.name.casefold(), e.name))
     except OSError as error:
-        why = error.strerror or type(error).__name__
-        raise LCCoError(f"{folder}: {why}; give a folder with pictures") from None
+        raise bad(folder, str(error.strerror), "give a folder with pictures") from None
     found, others = [], {}
     for entry in entries:
-        picture, is_folder = entry.suffix.lower() in ENDINGS, entry.is_dir()
-        if is_system(entry.name) or (is_folder and not picture):
+        picture = entry.suffix.lower() in ENDINGS
+        if is_system(entry.name) or (entry.is_dir() and not picture):
             continue
         if picture and entry.is_file():
             found.append(entry)
-            continue
-        if is_folder:
-            why = "a folder"
-        elif not entry.exists():
-            why = "a broken link"
         else:
-            why = "no picture's ending" if entry.is_file() else "no file but a pipe or device"
-        others.setdefault(why, []).append(entry.name)
+            why = "no picture's ending" if entry.is_file() else "no file (a folder, link or pipe)"
+            others.setdefault(why, []).append(entry.name)
     return found, others
 
 
 def pictures_in(folder: Path | str) -> list[Path]:
-    """The picture files of a folder by name; what else lies there is named on stderr.
-
-    Raises: LCCoError for a folder that is missing or cannot be read.
-    """
-    found, others = listing(Path(folder).expanduser())
-    for why, names in others.items():
-        print(f"{folder}: left out, {why}: {few(names)}", file=sys.stderr, flush=True)
-    return found
+    """The pictures of a folder by name. Raises: LCCoError for one that cannot be read."""
+    return listing(Path(folder).expanduser())[0]
 
 
-def _why(path: Path, error: Exception) -> LCCoError:
-    text = (str(error).splitlines() or [""])[0].split("'/")[0].split("<")[0].strip()[:80]
-    why = f"corrupt picture ({text or type(error).__name__}); replace the file"
-    if isinstance(error, FileNotFoundError):
-        why = "no such file; put it back or take its image out of the set"
-    elif isinstance(error, PermissionError):
-        why = "may not be read; change its permissions"
-    elif isinstance(error, Image.DecompressionBombError):
-        why = f"too many pixels ({text.split(',')[0]}); make it smaller"
-    elif isinstance(error, Image.UnidentifiedImageError) and path.suffix[:3].lower() == ".he":
-        why = "HEIC is not supported; export it as JPEG"
-    return LCCoError(f"{path}: {why}")
+def _why(path: Path | str, error: Exception) -> LCCoError:
+    if isinstance(error, OSError) and error.strerror:
+        return bad(path, error.strerror.lower(), "put it back or take its image out of the set")
+    if isinstance(error, Image.UnidentifiedImageError) and Path(path).suffix[:3].lower() == ".he":
+        return bad(path, "HEIC is not supported", "export it as JPEG")
+    text = one_line(error).split("'/")[0].split("<")[0].strip()[:80] or type(error).__name__
+    return bad(path, f"corrupt picture ({text})", "replace the file")
 
 
 def _orientation(image: Image.Image) -> int:
@@ -111,7 +103,7 @@ def _decoded(path: Path, side: int | None = None) -> Image.Image:
             turn = _TURNS.get(_orientation(image))
             return image.copy() if turn is None else image.transpose(turn)
     except Exception as error:  # decoders raise many kinds of errors on damaged files
-        raise _why(Path(path), error) from None
+        raise _why(path, error) from None
 
 
 def read_picture(path: Path | str, side: int | None = None) -> Image.Image:
@@ -121,27 +113,24 @@ def read_picture(path: Path | str, side: int | None = None) -> Image.Image:
     shrink by whole factors down to this many pixels, which makes large files cheap.
     Raises: LCCoError naming a file that is missing or does not decode.
     """
-    image = _decoded(path, side)
     try:
-        image = to_rgb(image)
+        image = to_rgb(_decoded(path, side))
     except (ValueError, OSError) as error:
-        raise LCCoError(f"{path}: {error}; save it as 8-bit RGB") from None
+        raise bad(path, str(error), "save it as 8-bit RGB") from None
     factor = min(image.size) // side if side else 1
     return image.reduce(factor) if factor > 1 else image
 
 
 def picture_size(path: Path | str) -> tuple[int, int]:
-    """(width, height) of what `read_picture` gives, from the header where that tells."""
+    """(width, height) of what `read_picture` gives, from the header."""
     try:
         with Image.open(path) as image:
+            size = image.size
             if image.format == "TIFF":  # its `size` is turned or not, by Pillow's version
-                turned = image.tag_v2.get(_ORIENTATION, 1) in (5, 6, 7, 8)
                 size = image.tag_v2[256], image.tag_v2[257]
-            else:
-                turned, size = _orientation(image) in (5, 6, 7, 8), image.size
-            return size[::-1] if turned else size
+            return size[::-1] if _orientation(image) in (5, 6, 7, 8) else size
     except Exception as error:
-        raise _why(Path(path), error) from None
+        raise _why(path, error) from None
 
 
 def to_rgb(image: Image.Image | np.ndarray) -> Image.Image:
@@ -151,26 +140,20 @@ def to_rgb(image: Image.Image | np.ndarray) -> Image.Image:
     Raises: ValueError for an array of another shape, or of floats outside 0..1.
     """
     if isinstance(image, np.ndarray):
-        image = Image.fromarray(_eight_bits(_checked(image)))
+        values = image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image
+        if not values.size or values.shape[2:] not in ((), (3,), (4,)) or values.ndim < 2:
+            what = f"an array of shape {list(values.shape)} is no picture"
+            raise ValueError(f"{what}; it must be [H, W] or [H, W, 3 or 4]")
+        if values.dtype.kind == "f" and (np.nanmin(values) < 0 or np.nanmax(values) > 1):
+            found = f"{np.nanmin(values):g} to {np.nanmax(values):g}"
+            raise ValueError(f"an array of floats must be in 0..1; it holds {found}")
+        image = Image.fromarray(_eight_bits(values))
     if _numbers(image):
         image = Image.fromarray(_eight_bits(np.asarray(image)))
     if image.has_transparency_data:
         image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
-
-
-def _checked(values: np.ndarray) -> np.ndarray:
-    if values.ndim == 3 and values.shape[2] == 1:
-        values = values[..., 0]
-    coloured = values.ndim == 3 and values.shape[2] in (3, 4)
-    if 0 in values.shape or not (values.ndim == 2 or coloured):
-        what = f"an array of shape {list(values.shape)} is no picture"
-        raise ValueError(f"{what}; it must be [H, W] or [H, W, 3 or 4]")
-    if values.dtype.kind == "f" and (np.nanmin(values) < 0 or np.nanmax(values) > 1):
-        found = f"{np.nanmin(values):g} to {np.nanmax(values):g}"
-        raise ValueError(f"an array of floats must be in 0..1; it holds {found}")
-    return values
 
 
 def _numbers(image: Image.Image) -> bool:
@@ -191,9 +174,8 @@ def _range(values: np.ndarray) -> tuple[float, float]:
     """What becomes black and what white.
 
     Of integers from 0 on: the least of 8, 10, 12, 14, 16 bits that holds them. Else the range of
-    the distinct finite values, without the lowest or highest 0.1% of them (at least one) where
-    those take more room than all the rest: fill values such as -9999, however often they occur,
-    and stray highlights. A range inside 0..1 is taken as 0..1.
+    the distinct finite values, without the lowest or highest 0.1% of them where those take more
+    room than all the rest (fill values such as -9999, stray highlights). Inside 0..1: 0..1.
     """
     if values.dtype.kind in "iu" and values.min() >= 0:
         top = int(values.max())
@@ -217,7 +199,7 @@ def read_mask(path: Path | str) -> np.ndarray:
     if image.mode in ("LA", "RGBA", "PA", "La", "RGBa"):
         if np.asarray(image)[..., -1].min(initial=255) < 255:
             mend = "save it as grey, object 255 and background 0"
-            raise LCCoError(f"{path}: mask with transparency; {mend}")
+            raise bad(path, "mask with transparency", mend)
         image = to_rgb(image)
     return _eight_bits(np.asarray(image)) if _numbers(image) else np.asarray(image.convert("L"))
 
@@ -226,8 +208,8 @@ def read_labels(path: Path | str) -> np.ndarray:
     """A mask of class numbers (palette or grey), uint8 [H, W]. Raises: LCCoError for colours."""
     image = _decoded(path)
     if image.mode not in ("P", "L"):
-        what = f"a VOC mask must hold class numbers (palette or grey PNG), not {image.mode} colours"
-        raise LCCoError(f"{path}: {what}")
+        what = f"a VOC mask must hold class numbers, not {image.mode} colours"
+        raise bad(path, what, "save it as a palette or grey PNG")
     return np.asarray(image)
 
 

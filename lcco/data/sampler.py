@@ -41,8 +41,8 @@ class GroupSampler:
     ) -> None:  # fmt: skip
         power = {"uniform": 0.0, "sqrt": 0.5, "proportional": 1.0}.get(class_sampling)
         if power is None:
-            words = "uniform, sqrt or proportional"
-            raise LCCoError(f"class_sampling is `{class_sampling}`; it must be {words}")
+            told = f"class_sampling is `{class_sampling}`"
+            raise LCCoError(f"{told}; it must be uniform, sqrt or proportional")
         if groups < 1 or group_size < 1 or not 0 < crop <= 1:
             raise LCCoError("groups and group_size must be at least 1, crop in (0, 1]")
         self.data, self.n, self.size, self.seed = data, groups, group_size, seed
@@ -51,17 +51,19 @@ class GroupSampler:
         if not self._members:
             raise LCCoError(f"data `{data.name}` has no group to draw from")
         self._weights = {c: len(items) ** power for c, items in self._members.items()}
-        self._pools = dict(self._paired_pools()) if paired and group_size > 1 else {}
+        self._pools = self._paired_pools() if paired and group_size > 1 else {}
         if absent:
             known = np.flatnonzero([data.knows_all(i) for i in range(len(data))])
             self._known = known if len(known) else np.arange(len(data))
 
-    def _paired_pools(self) -> Iterable[tuple[str, np.ndarray]]:
+    def _paired_pools(self) -> dict[str, np.ndarray]:
         """Class → its images that hold a second class, where these do not all hold the same one."""
+        pools = {}
         for c, members in self._members.items():
             pool = np.array([i for i in members if len(self.data.classes_of(i)) > 1], int)
             if len(pool) >= self.size and self._common(pool) == {c}:
-                yield c, pool
+                pools[c] = pool
+        return pools
 
     def _common(self, items: Iterable[int]) -> frozenset[str]:
         return frozenset.intersection(*(self.data.classes_of(i) for i in items))

@@ -1,16 +1,17 @@
 """Image sets: items (one picture each) and groups (class → items), one reader for each layout.
 
 Pictures are decoded when asked for. What must be known of every file (content hashes, picture
-hashes, the pixels of each VOC class) is computed once and kept on disk.
+hashes, the areas of VOC's classes) is computed once and kept on disk.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -20,17 +21,9 @@ import numpy as np
 from PIL import Image
 
 from lcco.common import VOID, LCCoError, digest, few, file_digest, place, progress
+from lcco.data import pictures
 from lcco.data.overlap import LOOKS, picture_hash
-from lcco.data.pictures import (
-    LOSSY,
-    is_system,
-    listing,
-    picture_size,
-    read_labels,
-    read_mask,
-    read_picture,
-    same_name,
-)  # fmt: skip
+from lcco.data.pictures import bad, same_name
 from lcco.store import kept
 
 VOC_CLASSES = (
@@ -48,57 +41,39 @@ LAYOUTS = {
 PROBED = 20  # masks that are looked at when a set is loaded: most may be empty by a mistake
 THREADS = max(2, min(8, os.cpu_count() or 2))  # files that are read at once
 VOC_MIN_SHARE = 0.01  # an image is in a class's group when at least 1% of its pixels show the class
-
-
-def facts(kind: str, paths: Sequence[Path], compute: Callable[[Path], Any], what: str) -> list[Any]:
-    """`compute(path)` of each file, kept on disk until a file's size or time changes."""
-
-    def make() -> list[Any]:
-        with ThreadPoolExecutor(THREADS) as pool:
-            return list(progress(pool.map(compute, paths), what, len(paths)))
-
-    try:
-        stats = [(str(p.absolute()), p.stat()) for p in paths]
-    except OSError as error:
-        mend = "put it back or take its image out of the set"
-        raise LCCoError(f"{error.filename}: {error.strerror}; {mend}") from None
-    stamp = digest([[name, s.st_size, s.st_mtime_ns] for name, s in stats], 16)
-    return kept(place("cache") / f"{kind}-{stamp}.json", make) if paths else []
-
-
-def read_lines(file: Path) -> list[str]:
-    """The lines of a list that are not blank. Raises: LCCoError for a file that is no UTF-8."""
-    try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")  # names may hold other separators
-    except (OSError, UnicodeDecodeError) as error:
-        raise LCCoError(f"{file}: cannot be read ({error}); save it as UTF-8") from None
-    return [line for line in lines if line.strip()]
+BARE_CLASSES, BARE_MASKS = "classes without a picture", "masks without a picture"
+SIDES = {"folders": ("image", "groundtruth"), "icoseg": ("images", "ground_truth")}
+FACTS = {  # of a file, kept on disk: its place in `files`, and what is computed of it
+    "content": (0, lambda path: file_digest(path, 16)),
+    "masks": (1, lambda path: file_digest(path, 16)),
+    LOOKS: (0, lambda path: picture_hash(pictures.read_picture(path))),
+    "areas": (1, lambda path: class_areas(pictures.read_labels(path))),
+}
 
 
 # ------------------------------------------------------------------------------------------- sets
 class CoSegData:
     """A set of pictures with masks, sorted into groups that share a class. Readers subclass it.
 
-    keys: item i's unique name. groups: class → items, sorted by name. left_out: names of what the
-    reader passed over, by reason; faults: (check, item, detail) of what it must not pass over.
+    keys: item i's unique name. files: its picture and its mask; none if both are drawn.
+    groups: class → items, sorted by name. left_out: names of what the reader passed over, by
+    reason; faults: (check, item, detail) of what it must not pass over.
     """
 
     exhaustive = True  # False: an item's truth knows one class only, others may be in the picture
+    groups: Mapping[str, Sequence[int]]
 
     def __init__(
-        self, name: str, layout: str, keys: Iterable[str],
+        self, name: str, layout: str, keys: Iterable[str] = (),
         groups: Mapping[str, Sequence[int]] | None = None,
     ) -> None:  # fmt: skip
         self.name, self.layout, self.keys = name, layout, tuple(keys)
-        self.left_out: dict[str, list[str]] = {}
+        self.left_out: dict[str, list[str]] = defaultdict(list)
         self.faults: list[tuple[str, str, str]] = []
+        self.files: list[tuple[Path, Path]] = []
+        self.facts: dict[str, list[Any]] = {}
         if groups is not None:
             self.groups = {c: tuple(groups[c]) for c in sorted(groups)}
-
-    @cached_property
-    def groups(self) -> dict[str, tuple[int, ...]]:
-        """Class → items that show it, sorted by name."""
-        raise NotImplementedError
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -108,38 +83,50 @@ class CoSegData:
 
     def path(self, i: int) -> Path:
         """Item i's picture file. A set without files has its own `image` and `content` instead."""
-        raise NotImplementedError
+        return self.files[i][0]
 
     def truth_path(self, i: int) -> Path | None:
-        """Item i's mask file. Raises: LCCoError where it has none."""
-        return None
+        """Item i's mask file; None if its masks are drawn."""
+        return self.files[i][1] if self.files else None
 
     def image(self, i: int) -> Image.Image:
         """Item i's picture, RGB, upright. Raises: LCCoError naming a corrupt file."""
-        return read_picture(self.path(i))
+        return pictures.read_picture(self.path(i))
 
-    def mask(self, i: int, classes: Sequence[str]) -> np.ndarray:
+    def mask(self, i: int, classes: Collection[str]) -> np.ndarray:
         """uint8 [H, W] of {0, 1, 255 = void}: the union of the classes' masks in image i.
 
         Raises: LCCoError naming a missing, corrupt or mis-sized mask.
         """
         raise NotImplementedError
 
+    def stored_mask(self, i: int) -> np.ndarray:
+        """uint8 [H, W]: item i's mask as its file has it, perhaps not of the picture's size."""
+        raise NotImplementedError
+
+    def sized(self, i: int, mask: np.ndarray) -> np.ndarray:
+        """The mask, if it has the size of image i. Raises: LCCoError if it has not."""
+        size, (height, width) = pictures.picture_size(self.path(i)), mask.shape
+        if size != (width, height):
+            what = f"mask is {width}×{height}, its image {self.keys[i]} {size[0]}×{size[1]}"
+            raise bad(self.truth_path(i), what, "make them one size")
+        return mask
+
     def grey_truth(self, i: int) -> np.ndarray | None:
         """uint8 [H, W]: the truth before its threshold, where its file is lossy (JPEG)."""
         return None
 
     @cached_property
-    def _classes(self) -> list[frozenset[str]]:
-        found: list[set[str]] = [set() for _ in self.keys]
+    def _classes(self) -> dict[int, set[str]]:
+        found: dict[int, set[str]] = defaultdict(set)
         for c, items in self.groups.items():
             for i in items:
                 found[i].add(c)
-        return [frozenset(f) for f in found]
+        return found
 
     def classes_of(self, i: int) -> frozenset[str]:
         """The classes whose groups hold image i."""
-        return self._classes[i]
+        return frozenset(self._classes.get(i, ()))
 
     def labels_of(self, i: int) -> frozenset[str]:
         """Every class with any pixel in image i (`classes_of` may ask for a least area)."""
@@ -149,40 +136,28 @@ class CoSegData:
         """Whether a class that is not among image i's labels is truly absent."""
         return self.exhaustive
 
-    @cached_property
-    def contents(self) -> list[str]:
-        """Every item's `content`."""
-        if type(self).content is not CoSegData.content:
-            return [self.content(i) for i in range(len(self))]
-        paths = [self.path(i) for i in range(len(self))]
-        return facts("content", paths, lambda p: file_digest(p, 16), "hashing files")
+    def fact(self, i: int, kind: str) -> Any:
+        """What `FACTS` say of item i, computed of all items at once and kept on disk."""
+        if not self.files:
+            return picture_hash(self.image(i)) if kind == LOOKS else ""
+        if kind not in self.facts:
+            side, compute = FACTS[kind]
+            self.facts[kind] = read_facts(kind, [files[side] for files in self.files], compute)
+        return self.facts[kind][i]
 
     def content(self, i: int) -> str:
         """A short sha256 of image i's file: equal pictures in two groups have equal content."""
-        return self.contents[i]
-
-    @cached_property
-    def truth_contents(self) -> list[str]:
-        paths = [self.truth_path(i) for i in range(len(self))]
-        if None in paths:  # drawn: the keys say what is drawn
-            return [""] * len(self)
-        return facts("masks", paths, lambda p: file_digest(p, 16), "hashing masks")
+        return self.fact(i, "content")
 
     def hashes(self) -> list[str]:
         """Every item's `picture_hash`."""
-        return self._hashes
-
-    @cached_property
-    def _hashes(self) -> list[str]:
-        if type(self).image is not CoSegData.image:
-            return [picture_hash(self.image(i)) for i in range(len(self))]
-        paths = [self.path(i) for i in range(len(self))]
-        return facts(LOOKS, paths, lambda p: picture_hash(read_picture(p)), "hashing pictures")
+        return [self.fact(i, LOOKS) for i in range(len(self))]
 
     @cached_property
     def _digests(self) -> tuple[str, str]:
-        return digest(list(zip(self.keys, self.contents, strict=True))), (
-            digest(self.truth_contents) if any(self.truth_contents) else "")  # fmt: skip
+        masks = [self.fact(i, "masks") for i in range(len(self))]
+        contents = [(key, self.content(i)) for i, key in enumerate(self.keys)]
+        return digest(contents), digest(masks) if any(masks) else ""
 
     def digest(self) -> str:
         """A hash over every item's key and picture file."""
@@ -196,13 +171,16 @@ class CoSegData:
         """A hash over pictures and masks."""
         return digest(list(self._digests)) if self.truth_digest() else self.digest()
 
-    def _two(self, item: str, files: Sequence[Path], why: str) -> None:
-        told = f"{files[0]} and {files[1].name}: {why}"
-        self.faults.append(("two of one name", item, told))
-
     def subset(self, indices: Iterable[int], name: str) -> CoSegData:
         """The items of these indices, in this order, as a set; groups left empty are dropped."""
         return _View(name, [(self, list(indices))])
+
+    def only(self, item: str, files: Sequence[Path], why: str) -> Path:
+        """The file of an item; that there are two of them is a fault."""
+        if len(files) > 1:
+            told = f"{files[0]} and {files[1].name}: {why}"
+            self.faults.append(("two of one name", item, told))
+        return files[0]
 
     def complete(self) -> CoSegData:
         """This set, if its files are all there; what was left out is counted on stderr.
@@ -211,31 +189,44 @@ class CoSegData:
         """
         if self.faults:
             raise LCCoError(self.faults[0][2])
-        for i in range(len(self)):
-            for file in (self.path(i), self.truth_path(i)):
-                if file is not None and not file.is_file():
-                    mend = f"put it back or take `{self.keys[i]}` out of the set"
-                    raise LCCoError(f"{file}: no such file; {mend}")
+        for key, files in zip(self.keys, self.files, strict=True):
+            for file in files:
+                if not file.is_file():
+                    raise bad(file, "no such file", f"put it back or take `{key}` out of the set")
         self._probe()
         for why, names in self.left_out.items():
             told = f"{self.name}: left out {len(names)}, {why}: {few(names, 3)}"
             print(told, file=sys.stderr, flush=True)
         return self
 
-
     def _probe(self) -> None:
         """Refuse a set whose masks are empty: empty predictions would score well on it."""
-        items = range(0, len(self), max(1, len(self) // PROBED))
-        if len(empty := [i for i in items if self._is_empty(i)]) > len(items) / 2:
+        items, empty = range(0, len(self), max(1, len(self) // PROBED)), []
+        for i in items:
+            with contextlib.suppress(LCCoError):  # a bad mask is named when it is used
+                if not (self.mask(i, self.classes_of(i)) == 1).any():
+                    empty.append(i)
+        if len(empty) > len(items) / 2:
             told = f"{len(empty)} of {len(items)} masks looked at have no object pixel"
-            where, mend = self.truth_path(empty[0]), "save the object as 255, outlines in pixels"
-            raise LCCoError(f"{where}: `{self.keys[empty[0]]}` is empty, as {told}; {mend}")
+            what = f"`{self.keys[empty[0]]}` is empty, as {told}"
+            raise bad(self.truth_path(empty[0]), what, "save the object as 255, outlines in pixels")
 
-    def _is_empty(self, i: int) -> bool:
-        try:
-            return not (self.mask(i, list(self.classes_of(i))) == 1).any()
-        except LCCoError:  # named when it is used
-            return False
+
+def read_facts(kind: str, paths: Sequence[Path], compute: Callable[[Path], Any]) -> list[Any]:
+    """`compute(path)` of each file, kept on disk until a file's size or time changes."""
+    files = sorted(set(paths))
+
+    def make() -> list[Any]:
+        with ThreadPoolExecutor(THREADS) as pool:
+            return list(progress(pool.map(compute, files), f"reading files ({kind})", len(files)))
+
+    try:
+        stats = [(str(p.absolute()), p.stat()) for p in files]
+    except OSError as error:
+        raise bad(error.filename, error.strerror, "put it back or take its image out") from None
+    stamp = digest([[name, s.st_size, s.st_mtime_ns] for name, s in stats], 16)
+    found = dict(zip(files, kept(place("cache") / f"{kind}-{stamp}.json", make), strict=True))
+    return [found[p] for p in paths]
 
 
 def _through(name: str) -> Callable[..., Any]:
@@ -251,12 +242,16 @@ def _through(name: str) -> Callable[..., Any]:
 class _View(CoSegData):
     """Items of one or several sets, read through them; groups of one class name become one."""
 
+    path, truth_path, image, mask = map(_through, ("path", "truth_path", "image", "mask"))
+    grey_truth, labels_of, knows_all = map(_through, ("grey_truth", "labels_of", "knows_all"))
+    fact, content = map(_through, ("fact", "content"))
+
     def __init__(self, name: str, parts: Sequence[tuple[CoSegData, Sequence[int]]]) -> None:
         self._items = [(data, i) for data, items in parts for i in items]
         keys = [data.keys[i] for data, i in self._items]
         if len(set(keys)) < len(keys):  # two sets may use the same names, and be of one name
-            if len({_origin(data, i) for data, i in self._items}) < len(keys):
-                twice = next(k for k, n in Counter(keys).items() if n > 1)
+            if len({(data.keys[i], data.content(i)) for data, i in self._items}) < len(keys):
+                twice = Counter(keys).most_common(1)[0][0]
                 raise LCCoError(f"data `{name}` holds `{twice}` twice; name each set once")
             names = [data.name for data, _ in parts]
             count = [names[:n].count(word) + 1 for n, word in enumerate(names)]
@@ -272,73 +267,37 @@ class _View(CoSegData):
                 groups[c].append(n)
         return {c: tuple(sorted(groups[c], key=self.keys.__getitem__)) for c in sorted(groups)}
 
-    path, truth_path, image, mask, grey_truth, labels_of, knows_all = map(
-        _through, ["path", "truth_path", "image", "mask", "grey_truth", "labels_of", "knows_all"]
-    )
-
-    @cached_property
-    def contents(self) -> list[str]:
-        return [data.contents[j] for data, j in self._items]
-
-    @cached_property
-    def truth_contents(self) -> list[str]:
-        return [data.truth_contents[j] for data, j in self._items]
-
-    @cached_property
-    def _hashes(self) -> list[str]:
-        return [data.hashes()[j] for data, j in self._items]
-
 
 def joined(parts: Sequence[CoSegData], name: str) -> CoSegData:
     """Sets as one; a class that several have becomes one group."""
     return _View(name, [(data, range(len(data))) for data in parts])
 
 
-def _origin(data: CoSegData, i: int) -> Path | str:
-    """Where item i's picture is; of a drawn one, what it is."""
-    try:
-        return data.path(i).resolve()
-    except NotImplementedError:
-        return data.content(i)
-
-
-# ------------------------------------------------------------------------------- a folder a class
-BARE_CLASSES, BARE_MASKS = "classes without a picture", "masks without a picture"
-SIDES = {"folders": ("image", "groundtruth"), "icoseg": ("images", "ground_truth")}
-
-
+# ---------------------------------------------------------------------------------- files by name
 def folders_in(root: Path) -> list[Path]:
     """The folders in a folder, without hidden and system ones."""
     found = root.iterdir() if root.is_dir() else ()
-    return sorted(d for d in found if d.is_dir() and not is_system(d.name))
+    return sorted(d for d in found if d.is_dir() and not pictures.is_system(d.name))
 
 
-def class_folders(root: Path, layout: str) -> list[tuple[Path, Path]]:
-    """(picture folder, mask folder) of every class."""
-    if layout == "rubinstein":
-        pairs = [(d, d / "GroundTruth") for d in folders_in(root)]
-        return [(images, truths) for images, truths in pairs if truths.is_dir()]
-    images, truths = (root / side for side in SIDES[layout])
-    there = {same_name(d.name): d for d in folders_in(truths)}
-    return [(d, there.get(same_name(d.name), truths / d.name)) for d in folders_in(images)]
-
-
-def by_stem(files: Iterable[Path]) -> dict[str, list[Path]]:
-    """Files by their name without its ending, in the one spelling."""
+def by_stem(folder: Path) -> dict[str, list[Path]]:
+    """A folder's pictures by their name without its ending, in the one spelling."""
     found: dict[str, list[Path]] = defaultdict(list)
-    for file in sorted(files):
+    for file in sorted(pictures.listing(folder)[0]) if folder.is_dir() else ():
         found[same_name(file.stem)].append(file)
     return found
 
 
-def _class_name(folder: str, layout: str) -> str:
-    """A folder's class in lower case; `Horse100` is Rubinstein's 100 horses."""
-    word = same_name(re.sub(r"100$", "", folder) if layout == "rubinstein" else folder)
-    word = word.strip().lower()
-    closed = re.sub(r"[ _-]", "", word)
-    return closed if closed in VOC_CLASSES else word
+def read_lines(file: Path) -> list[str]:
+    """The lines of a list that are not blank. Raises: LCCoError for a file that is no UTF-8."""
+    try:
+        lines = file.read_text(encoding="utf-8-sig").split("\n")  # names may hold other separators
+    except (OSError, UnicodeDecodeError) as error:
+        raise bad(file, f"cannot be read ({error})", "save it as UTF-8") from None
+    return [line for line in lines if line.strip()]
 
 
+# ------------------------------------------------------------------------------- a folder a class
 class FolderData(CoSegData):
     """A set of one folder a class: layouts `folders` (SSNM, UFO), `icoseg` and `rubinstein`.
 
@@ -351,103 +310,92 @@ class FolderData(CoSegData):
     def __init__(
         self, name: str, root: Path, layout: str, classes: Sequence[str] | None = None
     ) -> None:
-        self.root = root
-        self.pairs: list[tuple[Path, Path | None, Path, str]] = []
-        known: dict[str, tuple[Path, Path]] = {}
-        for images, truths in class_folders(root, layout):
-            c = _class_name(images.name, layout)
-            if c in known:
-                raise LCCoError(f"{images} and {known[c][0]} are both class `{c}`; rename one")
-            known[c] = images, truths
-        if classes is not None and (missing := [c for c in classes if c not in known]):
+        super().__init__(name, layout)
+        known = self._folders(root)
+        if missing := [c for c in classes or () if c not in known]:
             words = f"group{'s'[: len(missing) > 1]} {', '.join(missing)}"
             raise LCCoError(f"data `{name}`: {root} lacks the {words}")
-        super().__init__(name, layout, ())
-        keys, groups = [], {}
-        for c in sorted(known if classes is None else classes):
-            found = self._read_class(c, *known[c])
-            if found:
-                groups[c] = range(len(keys), len(keys) + len(found))
-                keys += found
-            else:
-                self.left_out.setdefault(BARE_CLASSES, []).append(str(known[c][0]))
-        if not keys:
+        groups: dict[str, Sequence[int]] = {}
+        for c in sorted(classes or known):
+            first = len(self.files)
+            self.keys += tuple(self._read_class(c, *known[c]))
+            groups[c] = range(first, len(self.files))
+        if not self.files:
             raise LCCoError(f"{root}: no class folder with pictures; expected {LAYOUTS[layout]}")
-        self.keys, self.groups = tuple(keys), {c: tuple(g) for c, g in groups.items()}
+        self.groups = {c: tuple(items) for c, items in groups.items() if items}
+        bare = [known[c][0] for c, items in groups.items() if not items]
         if layout in SIDES and classes is None:
-            there = {truths for _, truths in known.values()}
-            bare = [str(d) for d in folders_in(root / SIDES[layout][1]) if d not in there]
-            if bare:
-                self.left_out.setdefault(BARE_CLASSES, []).extend(bare)
+            truths = {folder for _, folder in known.values()}
+            bare += [d for d in folders_in(root / SIDES[layout][1]) if d not in truths]
+        if bare:
+            self.left_out[BARE_CLASSES] = [str(d) for d in bare]
 
-    def _read_class(self, c: str, images: Path, truths: Path) -> list[str]:
-        """Pair a class's pictures with its masks. Returns: the keys."""
-        files, others = listing(images)
-        stems, masks = by_stem(files), by_stem(listing(truths)[0] if truths.is_dir() else ())
-        for why, names in others.items():
-            self.left_out.setdefault(why, []).extend(f"{images.name}/{n}" for n in names)
-        keys, used = [], set()
-        for stem in sorted(stems):
-            for image in stems[stem]:
-                alone, name = len(stems[stem]) == 1, same_name(image.name)
-                words = [stem] if alone else []
-                words += [w for w in (name, f"{stem}_{image.suffix[1:]}") if w not in stems]
-                truth = next((masks[w] for w in words if w in masks), [])
-                used.update(truth)
-                if not alone and not truth:
-                    why = f"one name; give each a mask of its full name ({name}.png)"
-                    self._two(f"{c}/{stem}", stems[stem], why)
-                if len(truth) > 1:
-                    self._two(f"{c}/{stem}", truth, "two masks of one picture; move one out")
-                keys.append(f"{c}/{stem if alone else name}")
-                self.pairs.append((image, truth[0] if truth else None, truths, c))
-        spare = [str(f) for found in masks.values() for f in found if f not in used]
-        if spare:
-            self.left_out.setdefault(BARE_MASKS, []).extend(spare)
-        return keys
+    def _folders(self, root: Path) -> dict[str, tuple[Path, Path]]:
+        """Class → its folders of pictures and of masks."""
+        if self.layout == "rubinstein":
+            pairs = [(d, d / "GroundTruth") for d in folders_in(root)]
+            pairs = [pair for pair in pairs if pair[1].is_dir()]
+        else:
+            images, truths = (root / side for side in SIDES[self.layout])
+            there = {same_name(d.name): d for d in folders_in(truths)}
+            pairs = [(d, there.get(same_name(d.name), truths / d.name)) for d in folders_in(images)]
+        known: dict[str, tuple[Path, Path]] = {}
+        for pair in pairs:
+            c = same_name(pair[0].name).strip().lower()
+            if self.layout == "rubinstein":
+                c = c.removesuffix("100")  # `Horse100`: 100 pictures of horses
+            if (closed := re.sub(r"[ _-]", "", c)) in VOC_CLASSES:
+                c = closed
+            if c in known:
+                raise LCCoError(f"{pair[0]} and {known[c][0]} are both class `{c}`; rename one")
+            known[c] = pair
+        return known
 
-    def path(self, i: int) -> Path:
-        return self.pairs[i][0]
-
-    def truth_path(self, i: int) -> Path:
-        image, truth, folder, _ = self.pairs[i]
-        if truth is None:
-            mend = "add it or move the image"
-            raise LCCoError(f"{image}: no mask `{image.stem}.png` (.bmp, .jpg) in {folder}; {mend}")
-        return truth
+    def _read_class(self, c: str, images: Path, truths: Path) -> Iterator[str]:
+        """Pair a class's pictures with its masks in `files`. Yields: their keys."""
+        for why, names in pictures.listing(images)[1].items():
+            self.left_out[why] += [f"{images.name}/{name}" for name in names]
+        stems, masks = by_stem(images), by_stem(truths)
+        for stem, image in ((word, image) for word in sorted(stems) for image in stems[word]):
+            alone, name = len(stems[stem]) == 1, same_name(image.name)
+            words = [w for w in (name, f"{stem}_{image.suffix[1:]}") if w not in stems]
+            word = next((w for w in [stem] * alone + words if w in masks), None)
+            if word is None and not alone:
+                why = f"one name; give each a mask of its full name ({name}.png)"
+                self.only(f"{c}/{stem}", stems[stem], why)
+            found = masks.pop(word, [truths / f"{image.stem}.png"])
+            why = "two masks of one picture; move one out"
+            self.files.append((image, self.only(f"{c}/{stem}", found, why)))
+            yield f"{c}/{stem if alone else name}"
+        if masks:
+            self.left_out[BARE_MASKS] += [str(file) for found in masks.values() for file in found]
 
     @cached_property
-    def _labels(self) -> list[frozenset[str]]:
-        """A picture that sits in two groups (107 of PASCAL1037's do) shows both classes."""
-        found: dict[str, set[str]] = defaultdict(set)
-        for pair, content in zip(self.pairs, self.contents, strict=True):
-            found[content].add(pair[3])
-        return [frozenset(found[content]) for content in self.contents]
+    def _labels(self) -> dict[str, frozenset[str]]:
+        found: dict[str, frozenset[str]] = defaultdict(frozenset)
+        for i in range(len(self)):
+            found[self.content(i)] |= self.classes_of(i)
+        return found
 
     def labels_of(self, i: int) -> frozenset[str]:
-        return self._labels[i]
+        """A picture that sits in two groups (107 of PASCAL1037's do) shows both classes."""
+        return self._labels[self.content(i)]
 
-    def mask(self, i: int, classes: Sequence[str]) -> np.ndarray:
-        grey = _of_size(self.truth_path(i), read_mask(self.truth_path(i)), self.path(i))
-        if self.pairs[i][3] not in classes:
+    def stored_mask(self, i: int) -> np.ndarray:
+        return pictures.read_mask(self.truth_path(i))
+
+    def mask(self, i: int, classes: Collection[str]) -> np.ndarray:
+        grey, truth = self.sized(i, self.stored_mask(i)), self.truth_path(i)
+        if not self.classes_of(i).intersection(classes):
             return np.zeros_like(grey)
-        truth, top = self.truth_path(i), int(grey.max(initial=0))
-        if 0 < top < 128 and truth.suffix.lower() not in LOSSY:  # class numbers would read as empty
+        top = int(grey.max(initial=0))
+        if 0 < top < 128 and not pictures.is_lossy(truth):  # class numbers would read as empty
             what = "of the values 0 and 1" if top == 1 else f"without a value above 127, but {top}"
-            raise LCCoError(f"{truth}: mask {what}; save the object as 255 (white)")
+            raise bad(truth, f"mask {what}", "save the object as 255 (white)")
         return (grey > 127).astype(np.uint8)
 
     def grey_truth(self, i: int) -> np.ndarray | None:
-        truth = self.truth_path(i)
-        return read_mask(truth) if truth.suffix.lower() in LOSSY else None
-
-
-def _of_size(truth: Path, mask: np.ndarray, image: Path) -> np.ndarray:
-    (width, height), (rows, columns) = picture_size(image), mask.shape
-    if (columns, rows) != (width, height):
-        sizes = f"mask is {columns}×{rows}, its image {width}×{height}"
-        raise LCCoError(f"{truth}: {sizes}; make them one size")
-    return mask
+        return self.stored_mask(i) if pictures.is_lossy(self.truth_path(i)) else None
 
 
 # -------------------------------------------------------------------------------------------- VOC
@@ -461,27 +409,27 @@ class VOCData(CoSegData):
     def __init__(
         self, name: str, root: Path, lists: Sequence[str], *, partial: str | None = None
     ) -> None:
-        self.root, self.partial = root, partial
+        super().__init__(name, "voc")
         augmented = any("aug" in word for word in lists)
-        masks = root / ("SegmentationClassAug" if augmented else "SegmentationClass")
-        for folder in (root / "JPEGImages", masks):
+        images = root / "JPEGImages"
+        truths = root / ("SegmentationClassAug" if augmented else "SegmentationClass")
+        for folder in (images, truths):
             if not folder.is_dir():
                 raise LCCoError(f"data `{name}`: no folder {folder}")
-        super().__init__(name, "voc", ())
-        self._images, self._masks = (by_stem(listing(d)[0]) for d in (root / "JPEGImages", masks))
-        self._folders = root / "JPEGImages", masks
-        self.lists = {word: self._read_list(word) for word in lists}
+        self.partial, self._images, masks = partial, by_stem(images), by_stem(truths)
+        self.lists = {word: self._read_list(root, word) for word in lists}
         self.keys = tuple(dict.fromkeys(key for keys in self.lists.values() for key in keys))
         if not self.keys:
             words = ", ".join(f"{w}.txt" for w in lists)
             raise LCCoError(f"data `{name}`: {root} lists no picture in {words}")
         for key in self.keys:
-            for found in (self._images.get(key, ()), self._masks.get(key, ())):
-                if len(found) > 1:
-                    self._two(key, found, "one name; move one out")
+            found = self._images.get(key, [images / f"{key}.jpg"])
+            truth = masks.get(key, [truths / f"{key}.png"])
+            why = "one name; move one out"
+            self.files.append((self.only(key, found, why), self.only(key, truth, why)))
 
-    def _read_list(self, word: str) -> list[str]:
-        file = self.root / "ImageSets" / "Segmentation" / f"{word}.txt"
+    def _read_list(self, root: Path, word: str) -> list[str]:
+        file = root / "ImageSets" / "Segmentation" / f"{word}.txt"
         if not file.is_file():
             raise LCCoError(f"data `{self.name}`: no list {file}")
         lines: dict[str, str] = {}
@@ -500,60 +448,39 @@ class VOCData(CoSegData):
         for word in map(same_name, words):
             if word in self._images:
                 return word
-            stem, dot, _ = word.rpartition(".")
-            if dot and any(same_name(f.name) == word for f in self._images.get(stem, ())):
+            stem = word.rpartition(".")[0]
+            if any(same_name(f.name) == word for f in self._images.get(stem, ())):
                 return stem
         return same_name(words[-1])
-
-    def path(self, i: int) -> Path:
-        found = self._images.get(self.keys[i])
-        return found[0] if found else self._folders[0] / f"{self.keys[i]}.jpg"
-
-    def truth_path(self, i: int) -> Path:
-        found = self._masks.get(self.keys[i])
-        return found[0] if found else self._folders[1] / f"{self.keys[i]}.png"
-
-    @cached_property
-    def areas(self) -> list[dict[str, float]]:
-        """Each item's classes and the share of its pixels that they cover."""
-        files = [self.truth_path(i) for i in range(len(self))]
-        counts = facts("labels", files, label_counts, f"reading {self.name}'s masks")
-        return [class_areas(c) for c in counts]
 
     @cached_property
     def groups(self) -> dict[str, tuple[int, ...]]:
         order = sorted(range(len(self)), key=self.keys.__getitem__)
-        found = {
-            c: tuple(i for i in order if self.areas[i].get(c, 0) >= VOC_MIN_SHARE)
-            for c in VOC_CLASSES
-        }
+        shares = [self.fact(i, "areas") for i in range(len(self))]
+        found = {c: tuple(i for i in order if shares[i].get(c, 0) >= VOC_MIN_SHARE)
+                 for c in VOC_CLASSES}  # fmt: skip
         return {c: items for c, items in found.items() if items}
 
     def labels_of(self, i: int) -> frozenset[str]:
-        return frozenset(self.areas[i])
+        return frozenset(self.fact(i, "areas"))
 
-    def _is_empty(self, i: int) -> bool:
-        return False  # its groups are made of what the masks show
+    def _probe(self) -> None:
+        """Nothing: the groups are made of what the masks show."""
 
     def knows_all(self, i: int) -> bool:
         return not (self.partial and self.keys[i].startswith(self.partial))
 
-    def mask(self, i: int, classes: Sequence[str]) -> np.ndarray:
+    def stored_mask(self, i: int) -> np.ndarray:
+        return pictures.read_labels(self.truth_path(i))
+
+    def mask(self, i: int, classes: Collection[str]) -> np.ndarray:
         table = np.zeros(256, np.uint8)
         table[[VOC_CLASSES.index(c) + 1 for c in classes if c in VOC_CLASSES]] = 1
         table[VOID] = VOID
-        truth = self.truth_path(i)
-        return table[_of_size(truth, read_labels(truth), self.path(i))]
+        return table[self.sized(i, self.stored_mask(i))]
 
 
-def label_counts(path: Path) -> dict[str, int]:
-    """The pixels of each class number in a VOC mask."""
-    counts = np.bincount(read_labels(path).ravel(), minlength=256)
-    return {str(k): int(counts[k]) for k in np.flatnonzero(counts)}
-
-
-def class_areas(counts: Mapping[str, int]) -> dict[str, float]:
-    """Class → its share of the pixels, from the pixels of each class number."""
-    total = sum(counts.values())
-    numbers = {int(k): n for k, n in counts.items() if 0 < int(k) <= len(VOC_CLASSES)}
-    return {VOC_CLASSES[k - 1]: n / total for k, n in numbers.items()}
+def class_areas(labels: np.ndarray) -> dict[str, float]:
+    """Class → its share of the pixels of a VOC mask."""
+    counts = np.bincount(labels.ravel(), minlength=256).tolist()
+    return {c: n / labels.size for c, n in zip(VOC_CLASSES, counts[1:], strict=False) if n}
