@@ -24,11 +24,8 @@ def test_rows_have_the_papers_names_in_its_order():
         off = {module for module, text in plan.MODULES.items() if text not in name}
         off = {"Baseline": set(plan.MODULES), "LCCo": set()}.get(name, off)
         assert changes == {f"model.{module}": False for module in off}
-    assert plan.loss_variants()["L_iou + L_cs"] == {"loss.lambda_c": 0.0}
-    assert len({str(v) for v in plan.loss_variants().values()}) == 4
-    assert plan.k_variants([3]) == {"K = 3": {"model.k": 3}}
-    with pytest.raises(LCCoError, match="k_values"):
-        plan.k_variants([0])
+    assert plan.LOSSES["L_iou + L_cs"] == {"loss.lambda_c": 0.0}
+    assert len({str(v) for v in plan.LOSSES.values()}) == 4
 
 
 def test_readings_turn_one_setting_over(profile):
@@ -49,6 +46,7 @@ def test_what_notebooks_need(profile):
     assert plan.Score(p.tests[0], p.protocols, size) in first[0].scores
     assert plan.Score(p.choice_tests[0], ("choice",), size) in first[0].scores
     assert len(plan.needs("02", p)) == 8 * len(p.ablation_seeds)
+    assert {j.experiment.model.k for j in plan.needs("04", p)} == {1, 3, 5, 7, 9}
     assert {s.group_size for s in plan.needs("05", p)[0].scores} == set(plan.set_sizes(p))
     assert plan.needs("08", p) == []
     assert plan.needs("method", p)[0].experiment == p.experiment.replace(seed=p.seeds[0])

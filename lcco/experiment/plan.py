@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import combinations, product
 from typing import Any
 
 from lcco.common import LCCoError
@@ -13,8 +13,12 @@ from lcco.config import Experiment, Profile
 Variants = dict[str, dict[str, Any]]  # row name → changes to the profile's experiment
 
 NOTEBOOKS = ("00", "method", "01", "02", "03", "04", "05", "06", "07", "08", "09", "10")
-MODULES = {
-    "isfc": "ISFC", "clip_interaction": "CLIP inter.", "clip_regularization": "CLIP reg.",
+MODULES = {"isfc": "ISFC", "clip_interaction": "CLIP inter.", "clip_regularization": "CLIP reg."}
+READINGS: dict[str, Sequence[Any]] = {  # settings that the paper leaves open
+    "model.isfc_softmax": ("neighbours", "channels"), "model.placement": ("decoder", "encoder"),
+    "model.modulation_residual": (False, True), "loss.lc_reduction": ("mean", "sum"),
+    "loss.mask_background": ("zero", "mean"), "loss.v_gt": ("tower", "name"),
+    "model.mlp3_skip": (False, True), "model.mlp3": ("vocabulary", "shared"),
 }  # fmt: skip
 BASELINE = {f"model.{module}": False for module in MODULES}
 
@@ -37,39 +41,26 @@ class Job:
 
 
 # ---------------------------------------------------------------------------------- variants
-def main_variants(profile: Profile | None = None) -> Variants:
-    """Table 1's two models."""
-    return {"LCCo": {}, "Baseline": dict(BASELINE)}
+MAIN: Variants = {"LCCo": {}, "Baseline": BASELINE}  # Table 1
+LOSSES: Variants = {  # Table 3. Without L_c nothing trains MLP3: its choice stays random.
+    "L_iou": {"loss.lambda_cs": 0.0, "loss.lambda_c": 0.0}, "L_iou + L_cs": {"loss.lambda_c": 0.0},
+    "L_iou + L_c": {"loss.lambda_cs": 0.0}, "L_iou + L_cs + L_c": {},
+}  # fmt: skip
 
 
-def component_variants(profile: Profile | None = None) -> Variants:
+def component_variants() -> Variants:
     """Table 2: every combination of the three modules; none is the Baseline, all are LCCo."""
     out: Variants = {}
-    for on in sorted(product((True, False), repeat=len(MODULES)), key=sum):
-        used = dict(zip(MODULES, on, strict=True))
-        name = " + ".join(MODULES[module] for module in used if used[module])
-        name = {0: "Baseline", len(MODULES): "LCCo"}.get(sum(on), name)
-        out[name] = {f"model.{module}": False for module in used if not used[module]}
+    for on in (set(some) for n in range(4) for some in combinations(MODULES, n)):
+        name = " + ".join(text for module, text in MODULES.items() if module in on)
+        name = {0: "Baseline", 3: "LCCo"}.get(len(on), name)
+        out[name] = {f"model.{module}": False for module in MODULES if module not in on}
     return out
-
-
-def loss_variants(profile: Profile | None = None) -> Variants:
-    """Table 3's four sums of losses. Without L_c nothing trains MLP3: its choice stays random."""
-    no_cs, no_c = {"loss.lambda_cs": 0.0}, {"loss.lambda_c": 0.0}
-    return {"L_iou": no_cs | no_c, "L_iou + L_cs": no_c, "L_iou + L_c": no_cs,
-            "L_iou + L_cs + L_c": {}}  # fmt: skip
 
 
 def k_values(profile: Profile) -> tuple[int, ...]:
     """Table 4's numbers of distilled prompts; fewer where seconds matter."""
     return (1, 5) if profile.name == "smoke" else (1, 3, 5, 7, 9)
-
-
-def k_variants(ks: Sequence[int]) -> Variants:
-    """Table 4: the model trained with each number of distilled prompts."""
-    if not ks or min(ks) < 1:
-        raise LCCoError(f"`k_values` is {list(ks)}; it must be one or more numbers from 1 on")
-    return {f"K = {k}": {"model.k": k} for k in ks}
 
 
 def set_sizes(profile: Profile) -> tuple[int, ...]:
@@ -83,24 +74,17 @@ def reading_variants(profile: Profile, vocabularies: Sequence[str] | None = None
     vocabularies: other ones to train with; None: `voc20` and `imagenet1k` (for GlyphWorld
     `coco80`, whose words name none of its objects).
     """
-    pairs = {
-        "model.isfc_softmax": ("neighbours", "channels"), "model.placement": ("decoder", "encoder"),
-        "model.modulation_residual": (False, True), "loss.lc_reduction": ("mean", "sum"),
-        "loss.mask_background": ("zero", "mean"), "loss.v_gt": ("tower", "name"),
-        "model.mlp3_skip": (False, True), "model.mlp3": ("vocabulary", "shared"),
-    }  # fmt: skip
     own = profile.experiment.flat()
-    rows = [(key, two if own[key] == one else one) for key, (one, two) in pairs.items()]
-    words = own["tower.vocabulary"]
     if vocabularies is None:
-        vocabularies = ("coco80",) if words == "glyphs" else ("voc20", "imagenet1k")
-    rows += [("tower.vocabulary", name) for name in vocabularies if name != words]
+        glyphs = own["tower.vocabulary"] == "glyphs"
+        vocabularies = ("coco80",) if glyphs else ("voc20", "imagenet1k")
     out: Variants = {"LCCo": {}}
-    for key, value in rows:
-        changes = {key: value}
-        if key == "loss.lc_reduction":  # a sum over P words at weight 1 would drown the masks
-            changes["loss.lambda_c"] = 1.0 if value == "mean" else 0.1
-        out[f"{key.rpartition('.')[2]} = {str(value).lower()}"] = changes
+    for key, values in (READINGS | {"tower.vocabulary": vocabularies}).items():
+        for value in (value for value in values if value != own[key]):
+            changes = {key: value}
+            if key == "loss.lc_reduction":  # a sum over P words at weight 1 would drown the masks
+                changes["loss.lambda_c"] = 1.0 if value == "mean" else 0.1
+            out[f"{key.partition('.')[2]} = {str(value).lower()}"] = changes
     return out
 
 
@@ -110,35 +94,32 @@ def needs(notebook: str, profile: Profile) -> list[Job]:
 
     Raises: LCCoError for an unknown notebook.
     """
-    p, lcco = profile, {"LCCo": {}}
-    main = _scores(p.tests, p.protocols, p) + _scores(p.choice_tests, ("choice",), p)
-    ablation = _scores(p.ablation_tests, p.protocols, p) + _scores(p.choice_tests, ("choice",), p)
-    sizes = [s for n in set_sizes(p) for s in _scores(p.ablation_tests, p.protocols[:1], p, n)]
+    p, lcco, n = profile, {"LCCo": {}}, profile.group_size
+    ks = {f"K = {k}": {"model.k": k} for k in k_values(p)}
+    choice = [Score(test, ("choice",), n) for test in p.choice_tests]
+    main = [Score(test, p.protocols, n) for test in p.tests] + choice
+    fewer = [Score(test, p.protocols, n) for test in p.ablation_tests]
+    each = product(set_sizes(p), p.ablation_tests)
+    sizes = [Score(test, p.protocols[:1], size) for size, test in each]
     plan: dict[str, tuple[Variants, Sequence[int], Sequence[Score]]] = {
         "00": (lcco, p.seeds[:1], ()),
         "method": (lcco, p.seeds[:1], ()),
-        "01": (main_variants(p), p.seeds, main),
-        "02": (component_variants(p), p.ablation_seeds, ablation),
-        "03": (loss_variants(p), p.ablation_seeds, ablation),
-        "04": (k_variants(k_values(p)) | lcco, p.ablation_seeds, ablation),
-        "05": (main_variants(p), p.seeds, sizes),
-        "06": (lcco, p.seeds, _scores(p.ablation_tests or p.tests, p.protocols, p)),
+        "01": (MAIN, p.seeds, main),
+        "02": (component_variants(), p.ablation_seeds, fewer + choice),
+        "03": (LOSSES, p.ablation_seeds, fewer + choice),
+        "04": (ks | lcco, p.ablation_seeds, fewer + choice),
+        "05": (MAIN, p.seeds, sizes),
+        "06": (lcco, p.seeds, fewer or main[: len(p.tests)]),
         "07": (lcco, p.ablation_seeds, ()),
         "08": ({}, (), ()),
-        "09": (reading_variants(p), p.ablation_seeds, ablation),
-        "10": (main_variants(p), p.seeds, main),
+        "09": (reading_variants(p), p.ablation_seeds, fewer + choice),
+        "10": (MAIN, p.seeds, main),
     }
     if notebook not in plan:
         raise LCCoError(f"no notebook `{notebook}`; there are: {', '.join(plan)}")
     variants, seeds, scores = plan[notebook]
-    each = product(variants.values(), seeds)
-    return [Job(p.experiment.replace(changes, seed=s), tuple(scores)) for changes, s in each]
-
-
-def _scores(
-    tests: Sequence[str], protocols: Sequence[str], profile: Profile, size: int | None = None
-) -> list[Score]:
-    return [Score(test, tuple(protocols), size or profile.group_size) for test in tests]
+    models = [p.experiment.replace(changes, seed=s) for changes in variants.values() for s in seeds]
+    return [Job(model, tuple(scores)) for model in models]
 
 
 def all_jobs(profile: Profile, notebooks: Sequence[str] | None = None) -> list[Job]:
