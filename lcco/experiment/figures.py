@@ -6,26 +6,27 @@ stand above the axes, long names at the left, one panel a test; `layout_problems
 
 from __future__ import annotations
 
-import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
+from textwrap import fill, shorten
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lcco.experiment.tables import label, paired
+from lcco.metrics import resize_map
 from lcco.store import atomic_path
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 COLUMN, PAGE = 3.35, 6.9  # inches: one column, and the text width of a two-column page
 PHOTOS = "photos"  # where figures of third parties' photographs go, which git ignores
 ORANGE = (0.835, 0.369, 0.0)  # Okabe and Ito's vermilion
+SIDE = 160  # pixels of a picture in a grid
 STYLES = [(marker, line) for line in ("-", "--", ":") for marker in "osD^vP"]
 
 
@@ -72,32 +73,27 @@ def show(figure: Figure, folder: Path, name: str, text: str, photos: bool = Fals
 
 
 # --------------------------------------------------------------------------------------- pictures
-def overlay(image: np.ndarray, mask: np.ndarray, colour: Sequence[float] = ORANGE) -> np.ndarray:
+def overlay(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """The picture [H, W, 3] (0..1) greyed, the object tinted, with a white and a black outline.
 
     mask: [h, w], object where > 0.5. It is seen on any object, in print, without colour vision.
     """
-    from PIL import Image, ImageFilter
+    from scipy.ndimage import binary_dilation, binary_erosion
 
-    size = image.shape[1::-1]
-    scaled = Image.fromarray(np.asarray(mask, np.float32)).resize(size, Image.Resampling.BILINEAR)
-    on = Image.fromarray((np.asarray(scaled) > 0.5).astype(np.uint8))
-    wide = 2 * round(max(size) / 180) + 3
-    inner, outer = on.filter(ImageFilter.MinFilter(wide)), on.filter(ImageFilter.MaxFilter(wide))
-    on, inner, outer = (np.asarray(m) == 1 for m in (on, inner, outer))
-    grey = image.mean(-1, keepdims=True)
-    tinted = 0.5 * grey + 0.55 * np.asarray(colour)
-    out = np.where(on[..., None], tinted, 0.3 + 0.4 * grey).clip(0, 1)
-    out[on & ~inner], out[outer & ~on] = 1.0, 0.0
+    on = resize_map(np.asarray(mask, np.float32), image.shape[:2]) > 0.5
+    grey, wide = image.mean(-1, keepdims=True), round(max(image.shape) / 180) + 1
+    out = np.where(on[..., None], 0.5 * grey + 0.55 * np.array(ORANGE), 0.3 + 0.4 * grey).clip(0, 1)
+    out[on & ~binary_erosion(on, iterations=wide, border_value=1)] = 1.0
+    out[binary_dilation(on, iterations=wide) & ~on] = 0.0
     return out
 
 
-def _square(image: np.ndarray, side: int = 160) -> np.ndarray:
+def _square(image: np.ndarray) -> np.ndarray:
     """A picture or map squashed to a square, as the networks see it."""
     from PIL import Image
 
     whole = Image.fromarray((np.clip(image, 0, 1) * 255).astype(np.uint8))
-    return np.asarray(whole.resize((side, side), Image.Resampling.BILINEAR)) / 255
+    return np.asarray(whole.resize((SIDE, SIDE), Image.Resampling.BILINEAR)) / 255
 
 
 def masks_grid(rows: Mapping, title: str = "", across: int = 2, width: float = PAGE) -> Figure:
@@ -106,15 +102,17 @@ def masks_grid(rows: Mapping, title: str = "", across: int = 2, width: float = P
     rows: name → pictures [H, W, 3] in 0..1 (the first line), then name → masks [h, w]; or title →
     such rows, for several sets, `across` of them abreast.
     """
-    sets = rows if isinstance(next(iter(rows.values())), Mapping) else {title: rows}
-    drawn: dict[str, dict[str, list[np.ndarray]]] = {}
-    for name, lines in sets.items():
-        pictures = next(iter(lines.values()))
-        drawn[name] = {
+
+    def drawn(lines: Mapping[str, Sequence[np.ndarray]]) -> dict[str, list[np.ndarray]]:
+        pictures, *_ = lines.values()
+        return {
             line: [x if x.ndim == 3 else overlay(p, x) for p, x in zip(pictures, own, strict=True)]
             for line, own in lines.items()
         }
-    return _lines(drawn, across, width)
+
+    several = isinstance(next(iter(rows.values())), Mapping)
+    sets = rows if several else {title: rows}
+    return _lines({name: drawn(lines) for name, lines in sets.items()}, across, width)
 
 
 def maps_grid(pictures: Sequence[np.ndarray], maps: Mapping[str, Sequence[np.ndarray]], what: str,
@@ -137,8 +135,8 @@ def attention_overlay(query: np.ndarray, at: tuple[float, float], others: Sequen
     over = [0.6 * _coloured(w, top) + 0.4 * g for w, g in zip(weights, grey, strict=True)]
     figure = _lines({"": {"": [query, *over]}}, 1, width, what, top)
     for colour, size in (("white", 4), (ORANGE, 2)):
-        place = at[0] * 160, at[1] * 160
-        figure.axes[0].plot(*place, "+", color=colour, markersize=13, markeredgewidth=size)
+        x, y = at[0] * SIDE, at[1] * SIDE
+        figure.axes[0].plot(x, y, "+", color=colour, markersize=13, markeredgewidth=size)
     return figure
 
 
@@ -154,29 +152,33 @@ def _lines(sets: Mapping[str, Mapping[str, Sequence[np.ndarray]]], across: int, 
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
-    across, down = min(across, len(sets)), -(-len(sets) // min(across, len(sets)))
+    across, step = min(across, len(sets)), SIDE + 4
     n = max(len(images) for own in sets.values() for images in own.values())
-    lines, wide = max(map(len, sets.values())), across * (n + 0.4) + bool(what)
+    down, lines = -(-len(sets) // across), max(map(len, sets.values()))
+    wide = across * (n + 0.6) + bool(what)
     cell = min(1.2, width / wide)
-    figure, whole = new_figure(cell * wide, down * (lines * cell + 0.25))
-    whole.remove()
+    size = cell * wide, down * (lines * cell + 0.25)
+    figure, grid = new_figure(*size, nrows=down, ncols=across, squeeze=False)
     figure.get_layout_engine().set(w_pad=0.015, h_pad=0.015, wspace=0.02, hspace=0.02)
-    parts = figure.subfigures(down, across, squeeze=False).ravel()
-    for part, (title, own) in zip(parts, sets.items(), strict=False):
-        part.suptitle(textwrap.shorten(title, int(n * cell / 0.065)), fontsize=8)
-        grid = part.subplots(lines, n, squeeze=False)
-        for one in grid.flat:
-            one.set(xticks=[], yticks=[])
-            one.set_frame_on(False)
-        for axes, (name, images) in zip(grid, own.items(), strict=False):
-            axes[0].set_ylabel(textwrap.fill(name, max(6, int(cell / 0.065))), fontsize=7)
-            for one, image in zip(axes, images, strict=False):
-                one.imshow(_square(image))
-        if what:
-            scale = ScalarMappable(Normalize(0, top), "viridis")
-            bar = part.colorbar(scale, ax=grid.ravel().tolist(), aspect=30, pad=0.01)
-            bar.set_label(what, size=7)
-            bar.ax.tick_params(labelsize=6)
+    for axes, (title, own) in zip(grid.flat, sets.items(), strict=False):
+        sheet = np.ones((len(own) * step, n * step, 3))
+        for y, images in enumerate(own.values()):
+            for x, image in enumerate(images):
+                sheet[y * step :, x * step :][:SIDE, :SIDE] = _square(image)
+        axes.imshow(sheet)
+        axes.set_title(shorten(title, int(n * cell / 0.065)), fontsize=8)
+        names = [fill(name, max(6, int(cell / 0.065))) for name in own]
+        middles = np.arange(len(own)) * step + SIDE / 2
+        axes.set_yticks(middles, names, fontsize=7, rotation=90, ha="center", va="center")
+        axes.tick_params(length=0, pad=8, labelbottom=False)
+        axes.set(xticks=[], frame_on=False)
+    for axes in grid.flat[len(sets) :]:
+        axes.remove()
+    if what:
+        scale = ScalarMappable(Normalize(0, top), "viridis")
+        bar = figure.colorbar(scale, ax=grid.ravel().tolist(), aspect=30, pad=0.01)
+        bar.set_label(what, size=7)
+        bar.ax.tick_params(labelsize=6)
     return figure
 
 
@@ -186,7 +188,7 @@ def heatmap(S: np.ndarray, words: Sequence[str], k: int = 0, top: int = 15,
     best = np.argsort(-S.sum(0))[:top]
     figure, axes = new_figure(4.6, 0.5 + 0.21 * len(best))
     drawn = axes.imshow(S[:, best].T, aspect="auto", cmap="viridis")
-    names = [textwrap.shorten(words[i], 24, placeholder="…") for i in best]
+    names = [shorten(words[i], 24, placeholder="…") for i in best]
     axes.set_yticks(range(len(best)), names, fontsize=7)
     axes.set_xticks(range(len(S)), range(1, len(S) + 1))
     axes.set_xlabel("picture of the set")
@@ -198,24 +200,21 @@ def heatmap(S: np.ndarray, words: Sequence[str], k: int = 0, top: int = 15,
 # ------------------------------------------------------------------------------ curves and dots
 def _panels(rows: pd.DataFrame, height: float, width: float) -> tuple[Figure, list]:
     """A figure with a panel a test set and protocol; and [(axes, their rows)]."""
-    names = list(dict.fromkeys(zip(rows["test_set"], rows["protocol"], strict=True)))
-    across = 2 if len(names) in (2, 4) else min(3, len(names))
-    down = -(-len(names) // across)
-    figure, axes = new_figure(width, 0.3 + down * height, nrows=down, ncols=across, squeeze=False)
-    out = []
-    for one, (test, protocol) in zip(axes.flat, names, strict=False):
-        title = textwrap.fill(f"{label(test)}, {protocol}", int(8 * width / across))
-        one.set_title(title, fontsize=8)
-        out.append((one, rows[(rows["test_set"] == test) & (rows["protocol"] == protocol)]))
-    for one in axes.flat[len(names) :]:
-        one.remove()
-    return figure, out
+    parts = list(rows.groupby(["test_set", "protocol"], sort=False))
+    across = 2 if len(parts) in (2, 4) else min(3, len(parts))
+    down = -(-len(parts) // across)
+    figure, grid = new_figure(width, 0.3 + down * height, nrows=down, ncols=across, squeeze=False)
+    for axes, ((test, protocol), _) in zip(grid.flat, parts, strict=False):
+        axes.set_title(fill(f"{label(test)}, {protocol}", int(8 * width / across)), fontsize=8)
+    for axes in grid.flat[len(parts) :]:
+        axes.remove()
+    return figure, [(axes, own) for axes, (_, own) in zip(grid.flat, parts, strict=False)]
 
 
-def _finish(figure: Figure, *panels: Axes) -> Figure:
+def _finish(figure: Figure) -> Figure:
     """Light grids, no frames, and one legend above the axes with every entry once."""
     entries: dict[str, Any] = {}
-    for axes in panels:
+    for axes in figure.axes:
         axes.grid(linewidth=0.4, alpha=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         handles, texts = axes.get_legend_handles_labels()
@@ -232,7 +231,6 @@ def dots(rows: pd.DataFrame, reference: str = "Baseline", metric: str = "J") -> 
     change = paired(rows, reference, metric)
     order = list(change.groupby("row")["mean"].mean().sort_values().index)
     figure, panels = _panels(change, 0.75 + 0.27 * len(order), PAGE)
-    left = min(axes.get_subplotspec().colspan.start for axes, _ in panels)
     for axes, own in panels:
         own, y = own.set_index("row").reindex(order), range(len(order))
         axes.axvline(0, color="0.4", linewidth=0.8)
@@ -240,11 +238,11 @@ def dots(rows: pd.DataFrame, reference: str = "Baseline", metric: str = "J") -> 
         axes.errorbar(own["mean"], y, xerr=own["sd"].fillna(0), **how)
         if own["paper"].notna().any():
             axes.plot(own["paper"], y, "D", color="0.45", mfc="none", markersize=4, label="paper")
-        names = order if axes.get_subplotspec().colspan.start == left else [""] * len(order)
-        axes.set_yticks(y, names, fontsize=7)
+        first = axes.get_subplotspec().is_first_col()
+        axes.set_yticks(y, order if first else [""] * len(order), fontsize=7)
         axes.set(ylim=(-0.6, len(order) - 0.4), xlabel=f"{metric} − {metric} of {reference}")
         axes.locator_params(axis="x", nbins=5)
-    return _finish(figure, *(axes for axes, _ in panels))
+    return _finish(figure)
 
 
 def curve(rows: pd.DataFrame, x: str, metric: str = "J", by: str = "row", xlabel: str = "",
@@ -260,18 +258,18 @@ def curve(rows: pd.DataFrame, x: str, metric: str = "J", by: str = "row", xlabel
         lines = list(own.groupby(by, sort=False))
         for n, (name, part) in enumerate(lines):
             found = part.dropna(subset=[metric]).groupby(x)[metric].agg(["mean", "std"])
-            marker, line = STYLES[n % len(STYLES)]
-            how = {"marker": marker, "linestyle": line, "zorder": 2 + n / 100}
-            how |= {"markersize": 4 + 2 * (len(lines) - n - 1), "linewidth": len(lines) - n}
-            how["label"] = str(name) if len(found) else f"{name} (not measured)"
-            axes.errorbar(found.index, found["mean"], yerr=found["std"].fillna(0), **how)
+            (marker, line), under = STYLES[n % len(STYLES)], len(lines) - n
+            axes.errorbar(
+                found.index, found["mean"], found["std"].fillna(0), marker=marker, linestyle=line,
+                markersize=2 + 2 * under, linewidth=under, zorder=2 + n / 100,
+                label=str(name) if len(found) else f"{name} (not measured)",
+            )  # fmt: skip
         low, high = axes.get_ylim()
         middle, half = (low + high) / 2, max(high - low, least) / 2
-        axes.set(ylim=(middle - half, middle + half), xlabel=xlabel or label(x))
         ticks = sorted(own[x].dropna().unique())
-        axes.set_xticks(ticks[:: -(-len(ticks) // 7)])
-        axes.set_ylabel(f"{label(metric)}, %")
-    return _finish(figure, *(axes for axes, _ in panels))
+        axes.set(ylim=(middle - half, middle + half), xticks=ticks[:: -(-len(ticks) // 7)])
+        axes.set(xlabel=xlabel or label(x), ylabel=f"{label(metric)}, %")
+    return _finish(figure)
 
 
 def cost_bars(rows: pd.DataFrame, value: str = "seconds", by: str = "network",
@@ -284,7 +282,7 @@ def cost_bars(rows: pd.DataFrame, value: str = "seconds", by: str = "network",
         axes.plot(own[value], y, STYLES[n][0], markersize=5, label=label(kind))
     axes.set(xscale="log", xlabel=xlabel or label(value), ylim=(-0.6, len(order) - 0.4))
     axes.set_yticks(range(len(order)), order, fontsize=7)
-    return _finish(figure, axes)
+    return _finish(figure)
 
 
 def learning_curves(runs: Mapping[str, Any]) -> Figure:
@@ -300,13 +298,14 @@ def learning_curves(runs: Mapping[str, Any]) -> Figure:
     held.set(xlabel="step", ylabel="J on held-out pictures, %")
     for axes in (loss, held):
         axes.locator_params(axis="x", nbins=5)
-    return _finish(figure, loss, held)
+    return _finish(figure)
 
 
 # ------------------------------------------------------------------------------------------ checks
 def layout_problems(figure: Figure) -> list[str]:
     """What a reader would stumble over: texts cut or overlapping, small axes, a warning."""
     from matplotlib.text import Text
+    from matplotlib.transforms import Bbox
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -323,12 +322,9 @@ def layout_problems(figure: Figure) -> list[str]:
         if min(box.x0, box.y0) < -1 or box.x1 > page.x1 + 1 or box.y1 > page.y1 + 1:
             out.append(f"`{text}` leaves the canvas")
     for (a, one), (b, two) in combinations(boxes, 2):
-        wide = min(one.x1, two.x1) - max(one.x0, two.x0)
-        if wide > 1 and min(one.y1, two.y1) - max(one.y0, two.y0) > 1:
+        if one.padded(-0.5).overlaps(two.padded(-0.5)):
             out.append(f"`{a}` and `{b}` overlap")
-    places = [axes.get_window_extent() for axes in figure.axes]
-    wide = max(p.x1 for p in places) - min(p.x0 for p in places)
-    tall = max(p.y1 for p in places) - min(p.y0 for p in places)
-    if (share := wide * tall / (page.width * page.height)) < 0.5:
+    filled = Bbox.union([axes.get_window_extent() for axes in figure.axes])
+    if (share := filled.width * filled.height / (page.width * page.height)) < 0.5:
         out.append(f"axes fill {share:.0%} of the canvas")
     return out
