@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import islice
+from itertools import islice, product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -56,36 +56,33 @@ def evaluate_choice(segment: Segmenter, data: CoSegData, group_size: int = 5,
                     seed: int = 0) -> dict[str, Evaluation]:  # fmt: skip
     """Score pictures that hold two classes, each in a set of either class: does the set decide?
 
-    A picture counts when two classes cover at least 1% of it each (its two largest are taken): one
-    image with two labels, or the same picture in two classes' folders. Its `group_size` − 1 mates
-    show the wanted class, and not the other while there are such pictures; with none of those the
-    picture is skipped. All is drawn by `seed`.
+    A picture counts when two classes cover 1% of it each (its two largest are taken), by its labels
+    or as it stands in two classes' folders. Its mates, drawn by `seed`, show the wanted class, and
+    not the other while there are such pictures; with none of those the picture is skipped.
 
     Returns: `choice` (native size, threshold 0.5) and `choice-ufo` (224 px, adaptive threshold). A
     row is one mask: beside `Protocol.row`, `other`, `leak` (its J with the other class), `decides`
     (J > leak) and `picture`; and of the picture's two masks `J_same` (what the better one scores as
     the answer to both sets) and `agreement` (their IoU). The summary has their means, `gain` = J −
-    J_same, `pictures`, `skipped`, and `clean_mates` (share). A model that ignores the set gives one
-    mask twice: agreement 1, gain 0, and J at most 0.5, as J(M, a) + J(M, b) ≤ 1 for disjoint a, b.
-    Raises: LCCoError when no picture offers a choice.
+    J_same, `pictures`, `skipped`, `clean_mates` (share). A model that ignores the set has agreement
+    1, gain 0, and J at most 0.5. Raises: LCCoError when no picture offers a choice.
     """
     if group_size < 2:
         raise LCCoError(f"the choice test needs sets of 2 or more, not {group_size}")
     plan, skipped = (scorer := _Scorer(segment, data, group_size, seed)).choices()
     if not plan:
         raise LCCoError(f"data `{data.name}` has no picture of two classes that others show")
+    protocols = {name: get_protocol(base) for name, base in CHOICE.items()}
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in CHOICE}
     for one in progress(plan, f"choice test on {data.name}"):
         maps = [scorer.maps(s, c)[0] for s, c in zip(one.sets, one.pair, strict=True)]
-        for name, base in CHOICE.items():
-            rows[name] += scorer.choice_rows(get_protocol(base), one, maps)
+        for name, p in protocols.items():
+            rows[name] += scorer.choice_rows(p, one, maps)
     clean = sum(sum(one.clean) for one in plan) / sum(len(s) - 1 for one in plan for s in one.sets)
-    out = {}
-    for name, base in CHOICE.items():
-        out[name] = scorer.evaluation(name, get_protocol(base), rows[name], 2 * len(plan))
-        summary = out[name].summary
+    out = {n: scorer.evaluation(n, p, rows[n], 2 * len(plan)) for n, p in protocols.items()}
+    for summary, own in ((e.summary, e.rows) for e in out.values()):
         for key in ("leak", "decides", "J_same", "agreement"):
-            summary[key] = float(np.mean([row[key] for row in out[name].rows]))
+            summary[key] = float(np.mean([row[key] for row in own]))
         summary |= {"pictures": len(plan), "skipped": skipped, "clean_mates": clean}
         summary["gain"] = summary["J_image"] - summary["J_same"]
     return out
@@ -159,16 +156,13 @@ class _Scorer:
         rows: dict[str, list[dict[str, Any]]] = {name: [] for name in protocols}
         for one in progress(sets, f"scoring {self.data.name}"):
             maps = self.maps(one.members, one.label)
-            for at in one.scored:
-                i = one.members[at]
-                for name, p in ((name, protocols[name]) for name in one.names):
-                    ready = p.truth(self.truth(i, one.label), self.grey(i))
-                    counts = count(p.binarise(maps[at], ready.shape), ready, p.ignore_void)
-                    rows[name].append(p.row(self.data.keys[i], one.label, counts))
-        return {
-            name: self.evaluation(name, p, rows[name], sum(name in one.names for one in sets))
-            for name, p in protocols.items()
-        }
+            for at, name in product(one.scored, one.names):
+                i, p = one.members[at], protocols[name]
+                ready = p.truth(self.truth(i, one.label), self.grey(i))
+                counts = count(p.binarise(maps[at], ready.shape), ready, p.ignore_void)
+                rows[name].append(p.row(self.data.keys[i], one.label, counts))
+        ran = {name: sum(name in one.names for one in sets) for name in protocols}
+        return {n: self.evaluation(n, p, rows[n], ran[n]) for n, p in protocols.items()}
 
     def evaluation(self, name: str, p: Protocol, rows: list[dict], sets: int) -> Evaluation:
         rows = sorted(rows, key=lambda r: (r["class"], r["key"]))
@@ -208,7 +202,7 @@ class _Scorer:
 
     def choice_rows(self, p: Protocol, one: _Choice, maps: list[np.ndarray]) -> list[dict]:
         """The two rows of a picture: the mask that each of its sets asked for."""
-        asked = [(members[0], c) for members, c in zip(one.sets, one.pair, strict=True)]
+        asked = list(zip((members[0] for members in one.sets), one.pair, strict=True))
         ready = [p.truth(self.truth(i, c), self.grey(i)) for i, c in asked]
         masks = [p.binarise(values, ready[0].shape) for values in maps]
         counts = [[count(m, t, p.ignore_void) for t in ready] for m in masks]  # a mask, a truth

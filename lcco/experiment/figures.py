@@ -157,8 +157,8 @@ def _lines(sets: Mapping[str, Mapping[str, Sequence[np.ndarray]]], across: int, 
     down, lines = -(-len(sets) // across), max(map(len, sets.values()))
     wide = across * (n + 0.6) + bool(what)
     cell = min(1.2, width / wide)
-    size = cell * wide, down * (lines * cell + 0.25)
-    figure, grid = new_figure(*size, nrows=down, ncols=across, squeeze=False)
+    how = {"nrows": down, "ncols": across, "squeeze": False}
+    figure, grid = new_figure(cell * wide, down * (lines * cell + 0.25), **how)
     figure.get_layout_engine().set(w_pad=0.015, h_pad=0.015, wspace=0.02, hspace=0.02)
     for axes, (title, own) in zip(grid.flat, sets.items(), strict=False):
         sheet = np.ones((len(own) * step, n * step, 3))
@@ -178,7 +178,6 @@ def _lines(sets: Mapping[str, Mapping[str, Sequence[np.ndarray]]], across: int, 
         scale = ScalarMappable(Normalize(0, top), "viridis")
         bar = figure.colorbar(scale, ax=grid.ravel().tolist(), aspect=30, pad=0.01)
         bar.set_label(what, size=7)
-        bar.ax.tick_params(labelsize=6)
     return figure
 
 

@@ -134,8 +134,9 @@ def _printed(table: str) -> pd.DataFrame:
     where = where if table == "table1_main" else [("icoseg8", "")]
     long = [wide.assign(paper_test_set=t, paper_P=wide[f"{on}P"], paper_J=wide[f"{on}J"])
             for t, on in where]  # fmt: skip
-    long = pd.concat(long).sort_index(kind="stable").replace({"paper_P": {"": None}})
-    return long.replace({"paper_J": {"": None}}).dropna(subset=PRINTED[1:], how="all")
+    long = pd.concat(long).sort_index(kind="stable")
+    empty = dict.fromkeys(PRINTED[1:], {"": None})
+    return long.replace(empty).dropna(subset=PRINTED[1:], how="all")
 
 
 def with_paper(rows: pd.DataFrame) -> pd.DataFrame:
@@ -339,16 +340,17 @@ class Table:
         given = {
             "done": done if self.unit else done[:0],
             "seeds": sorted(done["seed"].dropna().astype(int).unique()), "fewest": per.min(),
+            "trained": self._trained(done), "chose": self._chose(),
             "bold": any(bold.any(axis=None) for _, bold in self.parts.values()),
             "counts": counts.groupby("test_set", sort=False)["images"].max().dropna().to_dict(),
         }  # fmt: skip
-        text = _render("notes", table=self, slips=slips, trained=self._trained(done), **given)
+        text = _render("notes", table=self, slips=slips, **given)
         return [line for line in text.splitlines() if line]
 
     def _trained(self, done: pd.DataFrame) -> dict[str, list[str]]:
         """What a reader should know of how the models behind the rows were trained → which ones."""
         runs = _trainings(self.runs)
-        runs, out = runs[runs.index.isin(done["run"])], {}
+        runs = runs[runs.index.isin(done["run"])]
         told = {
             "from an edited checkout": runs["dirty"].eq(True),
             "from an unknown commit": runs["dirty"].isna() | ~runs["commit"].str.len().ge(12),
@@ -356,13 +358,14 @@ class Table:
         }
         for device in runs["device"].value_counts().index[1:]:
             told[f"on {device}, unlike the others"] = runs["device"] == device
+        out = {}
         for how, true in told.items():
             seeds = done[done["run"].isin(runs.index[true])].groupby("row", sort=False)["seed"]
             which = [f"{r} (seed {few(sorted(s.astype(int).unique()), 9)})" for r, s in seeds]
-            out[how] = ["all"] if true.all() else which
-        return {how: which for how, which in out.items() if which}
+            out |= {how: ["all"] if true.all() else which} if which else {}
+        return out
 
-    def chose(self) -> list[str]:
+    def _chose(self) -> list[str]:
         """The test sets whose pictures chose weights of the models behind the rows."""
         held = self.rows["test_set"].isin(_trainings(self.runs)["holdout"].dropna().explode())
         if "chose_weights" in self.rows:
@@ -410,14 +413,17 @@ def read_table(csv: Path) -> Table:
     return Table(csv.stem, rows, **layout, runs=stored["runs"])
 
 
-def _render(template: str, **given: Any) -> str:
+@cache
+def _templates() -> Any:
     import jinja2
 
-    room = jinja2.Environment(
-        loader=jinja2.PackageLoader("lcco", "."), trim_blocks=True, lstrip_blocks=True
-    )
-    room.globals = {"label": label, "few": few, "names": lambda s: few([*map(label, s)], 9)}
-    return room.get_template(f"{template}.jinja").render(given)
+    how = {"trim_blocks": True, "lstrip_blocks": True, "loader": jinja2.PackageLoader("lcco", ".")}
+    return jinja2.Environment(**how)
+
+
+def _render(template: str, **given: Any) -> str:
+    tools = {"label": label, "few": few, "names": lambda s: few([*map(label, s)], 9)}
+    return _templates().get_template(f"{template}.jinja").render(tools | given)
 
 
 def _tex(text: Any) -> str:
@@ -470,8 +476,7 @@ def results_readme(folder: Path) -> Path:
     return _page(
         folder / "README.md", "profile.md", name=folder.name, about=_about(folder.name),
         books=sorted(folder.glob("notebooks/*.ipynb")), tables=tables, captions=captions,
-        beside=beside, rest=rest, devices=runs["device"].value_counts().to_dict(),
-        time=duration(runs["seconds"].sum()), untimed=runs["seconds"].fillna(0).eq(0).sum(),
+        beside=beside, rest=rest, runs=runs, time=duration(runs["seconds"].sum()),
     )  # fmt: skip
 
 
