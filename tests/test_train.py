@@ -299,7 +299,7 @@ def test_a_training_goes_on_from_a_model_file(base, tmp_path):
     mine = drawn.folders(tmp_path, ["cow"], 3, "mine", first=50)
     elsewhere = e.replace({"data.train": str(mine)})
     assert [p["train"] for p in trained_on(elsewhere)][1] == list(base.data.train)
-    with pytest.raises(LCCoError, match="not a model of these settings: `.*` differs"):
+    with pytest.raises(LCCoError, match="not a model of these settings: `.*` differs$"):
         trainer(e.replace({"model.width": 8}), tmp_path / "w").restore()
     (tmp_path / "others.txt").write_text("boat\ncar\ndog\ncow\n")
     with pytest.raises(LCCoError, match="trained with another vocabulary"):

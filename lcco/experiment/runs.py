@@ -79,12 +79,12 @@ def _say(text: str) -> None:
 
 def peak_memory_mb() -> int | None:
     """This process's largest resident size; None where the system does not tell (Windows)."""
-    try:
+    with contextlib.suppress(ImportError):
         import resource
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (2**20 if sys.platform == "darwin" else 2**10))
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return round(peak / (2**20 if sys.platform == "darwin" else 2**10))
+    return None
 
 
 def _described(data: CoSegData | None) -> dict[str, Any] | None:
@@ -198,13 +198,12 @@ class Run:
         if missing := [p for p in protocols if not files[p].is_file()]:
             predictor, by = self.predictor(gt, k), environment()
             predictor.features.prepare(test)
-            found, plain = {}, [p for p in missing if p not in CHOICE]
-            if plain:
-                found |= evaluate_all(predictor, test, plain, group_size)
+            plain = [p for p in missing if p not in CHOICE]
+            found = evaluate_all(predictor, test, plain, group_size) if plain else {}
             if len(plain) < len(missing):
                 found |= evaluate_choice(predictor, test, group_size)
+            about = {"scored_by": by, "scored_on": _described(test)}
             for p in missing:
-                about = {"scored_by": by, "scored_on": _described(test)}
                 write_json(files[p], asdict(found[p]) | about)
         stored = {p: read_json(file) for p, file in files.items()}
         names = [f.name for f in fields(Evaluation)]
@@ -229,13 +228,14 @@ def training_data(experiment: Experiment) -> tuple[CoSegData, CoSegData | None]:
 
 def load_tests(profile: Profile, names: Sequence[str]) -> dict[str, CoSegData | Missing]:
     """Test sets by name; where one is not on this machine, what is missing."""
-    found: dict[str, CoSegData | Missing] = {}
-    for name in names:
+
+    def load(name: str) -> CoSegData | Missing:
         try:
-            found[name] = load_data(name, counts=profile.counts)
+            return load_data(name, counts=profile.counts)
         except Missing as missing:
-            found[name] = missing
-    return found
+            return missing
+
+    return {name: load(name) for name in names}
 
 
 def find_run(experiment: Experiment) -> Run | None:
@@ -354,8 +354,8 @@ def estimate(experiment: Experiment, steps: int = 3) -> dict[str, Any]:
     """What a training will be: its sizes, and its seconds.
 
     They are those of a finished run of the same name that differs in its seed alone, else of a few
-    steps on random pictures, timed here; nothing is kept. Raises: LCCoError for what training
-    would refuse.
+    steps on noise, timed here, to which embedding the pictures once comes; nothing is kept.
+    Raises: LCCoError for what training would refuse.
     """
     trainer, seconds, source = _trainer(experiment), None, "a finished run like it"
     for file in place("runs").glob(f"{experiment.name}-*/record.json"):
@@ -375,13 +375,11 @@ def estimate(experiment: Experiment, steps: int = 3) -> dict[str, Any]:
 
 
 def _timed(trainer: Trainer, steps: int) -> float:
-    """Seconds to embed the training set and to take every step, from one batch of noise."""
-    d, features, data = trainer.experiment.data, trainer.features, trainer.data
+    """Seconds of every step, from some with a batch of noise."""
+    d, features = trainer.experiment.data, trainer.features
     shape = d.groups, d.group_size
-    noise, began = torch.rand(d.groups * d.group_size, 3, d.size, d.size), time.monotonic()
+    noise = torch.rand(d.groups * d.group_size, 3, d.size, d.size)
     maps = [x.unflatten(0, shape) for x in features.frozen_maps(noise)]
-    features.tower.encode_images(data.image(0) for _ in noise)
-    embedding = (time.monotonic() - began) / len(noise) * len(data) * (1 + d.flip)
     batch = Batch(
         None if maps else noise.unflatten(0, shape), maps or None,
         torch.randn(*shape, features.tower.width), (noise[:, 0] > 0.7).byte().unflatten(0, shape),
@@ -392,4 +390,4 @@ def _timed(trainer: Trainer, steps: int) -> float:
         began = time.monotonic()
         for _ in range(steps):
             trainer.step(batch)
-    return embedding + (time.monotonic() - began) / steps * trainer.experiment.train.steps
+    return (time.monotonic() - began) / steps * trainer.experiment.train.steps

@@ -290,9 +290,8 @@ def start_from(model: LCCo, experiment: Experiment, vocabulary: Vocabulary) -> N
     """
     file = model_file(experiment.train.start)
     check_words(file, read_about(file), experiment, vocabulary)
-    own = {k: v for k, v in model.state_dict().items() if not k.startswith("backbone.")}
-    state = read_tensors(file)
-    if wrong := [k for k, v in own.items() if k not in state or state[k].shape != v.shape]:
-        what = f"`{wrong[0]}` differs ({len(wrong)} tensors)"
-        raise LCCoError(f"{file}: not a model of these settings: {what}")
-    model.load_state_dict({k: state[k] for k in own}, strict=False)
+    own, state = model.state_dict(), read_tensors(file)
+    for k in [k for k in own if not k.startswith("backbone.")]:
+        if k not in state or state[k].shape != own[k].shape:
+            raise LCCoError(f"{file}: not a model of these settings: `{k}` differs")
+        own[k].copy_(state[k])
