@@ -224,7 +224,7 @@ def test_what_is_left_out_is_counted_aloud(tmp_path: Path, capsys) -> None:
     load_data("set")
     told = capsys.readouterr().err
     assert "left out 2, classes without a picture: " in told
-    assert "image/empty" in told and "groundtruth/dog" in told
+    assert "image/empty" in told and "image/dog" in told
 
 
 def test_every_picture_ending_is_read(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lcco.common import VOID, LCCoError, few, file_digest, progress
 from lcco.data import sets
@@ -25,8 +25,12 @@ _LITERATURE = (  # set, its groups, their number, images, images a group
     ("MSRC7", MSRC7, 7, 70, 10), ("Internet", INTERNET3, 3, 300, 100),
     ("PASCAL1037", VOC_CLASSES, 20, 1037, None), ("iCoseg8", ICOSEG8, 8, None, None),
 )  # fmt: skip
-_KINDS = ("missing mask", "size mismatch", "corrupt image", "unreadable mask")
-_Found = list[tuple[str, str]]  # item, detail
+_ERRORS = (
+    "missing image", "missing mask", "size mismatch", "corrupt image", "unreadable mask",
+    "two of one name", "id twice", "most masks empty", "class without a picture",
+    "class without an object", "entry left out",
+)  # fmt: skip
+_NOTES = ("odd entry", "file left out", "empty mask", "non-binary mask")
 
 
 @dataclass
@@ -53,9 +57,11 @@ class _Table:
 
     def count(self, what: str, item: str, found: int, expected: int | None, detail="") -> None:
         """A number, beside the one that is expected if there is one."""
-        number, status = ("", "ok") if expected is None else (str(expected), "note")
-        status = "ok" if found == expected else status
-        self.rows.append((status, what, item, str(found), number, detail if number else ""))
+        if expected is None:
+            self.rows.append(("ok", what, item, str(found), "", ""))
+        else:
+            status = "ok" if found == expected else "note"
+            self.rows.append((status, what, item, str(found), str(expected), detail))
 
     def report(self, status: str, what: str, items: Iterable[tuple[str, str]]) -> None:
         """How many items of a kind there are, and the first of them."""
@@ -63,8 +69,7 @@ class _Table:
         self.rows.append((status if found else "ok", what, "", str(len(found)), "0", ""))
         self.rows += [(status, what, item, "", "", why) for item, why in found[: self.limit]]
         if len(found) > self.limit:
-            more = f"… {len(found) - self.limit} more"
-            self.rows.append((status, what, more, "", "", ""))
+            self.rows.append((status, what, f"… {len(found) - self.limit} more", "", "", ""))
 
 
 def check(
@@ -165,53 +170,45 @@ def _count(table: _Table, data: CoSegData, seen: Sequence[_Seen]) -> None:
 
 
 def _faults(table: _Table, data: CoSegData, seen: Sequence[_Seen]) -> None:
-    def items(kind: str) -> _Found:
-        return [(data.keys[i], s.detail) for i, s in enumerate(seen) if s.kind == kind]
-
+    """What is wrong: with files, names, classes; then what is odd."""
     left_out = dict(data.left_out)
-    bare = [(Path(file).stem, f"{file} has no image") for file in left_out.pop(BARE_MASKS, [])]
-    table.report("error", "missing image", items("missing image") + bare)
-    for what in _KINDS:
-        table.report("error", what, items(what))
-    for what in sorted({fault[0] for fault in data.faults}):
-        table.report("error", what, [(item, why) for w, item, why in data.faults if w == what])
+    found = [(s.kind, data.keys[i], s.detail) for i, s in enumerate(seen)] + data.faults
+    bare = left_out.pop(BARE_MASKS, [])
+    found += [("missing image", Path(file).stem, f"{file} has no image") for file in bare]
+    bare = left_out.pop(BARE_CLASSES, [])
+    found += [("class without a picture", Path(folder).name, folder) for folder in bare]
     empty = [i for i, s in enumerate(seen) if s.empty]
     if len(empty) > len(data) / 2:
         told = f"{len(empty)} of {len(data)} masks have no object pixel"
-        table.report("error", "most masks empty", [(data.keys[empty[0]], told)])
-    bare = [(Path(folder).name, folder) for folder in left_out.pop(BARE_CLASSES, [])]
-    table.report("error", "class without a picture", bare)
+        found.append(("most masks empty", data.keys[empty[0]], told))
     no_object = [c for c, own in data.groups.items() if all(seen[i].empty for i in own)]
-    told = [(c, "every mask of it is empty") for c in no_object]
-    table.report("error", "class without an object", told)
+    found += [("class without an object", c, "every mask of it is empty") for c in no_object]
     if isinstance(data, COCOData):
         left_out.pop(data.UNUSED, None)
-        for status, what in (("error", "entry left out"), ("note", "odd entry")):
-            found = [(item, why) for word, item, why in data.problems if word == status]
-            table.report(status, what, found)
-    files = [(name, why) for why, names in left_out.items() for name in names]
-    table.report("note", "file left out", files)
-    table.report("note", "empty mask", [(data.keys[i], "no object pixel") for i in empty])
-    grey = [(data.keys[i], s.grey) for i, s in enumerate(seen) if s.grey]
-    table.report("note", "non-binary mask", grey)
+        names = {"error": "entry left out", "note": "odd entry"}
+        found += [(names[status], item, why) for status, item, why in data.problems]
+    found += [("file left out", name, why) for why, names in left_out.items() for name in names]
+    found += [("empty mask", data.keys[i], "no object pixel") for i in empty]
+    found += [("non-binary mask", data.keys[i], s.grey) for i, s in enumerate(seen) if s.grey]
+    for what in _ERRORS + _NOTES:
+        status = "error" if what in _ERRORS else "note"
+        table.report(status, what, [(item, why) for kind, item, why in found if kind == what])
 
 
 def _duplicates(table: _Table, data: CoSegData, seen: Sequence[_Seen]) -> None:
-    def report(what: str, groups: Iterable[list[int]]) -> None:
-        keys = [[data.keys[i] for i in sorted(items)] for items in groups if len(items) > 1]
-        table.report("note", what, [(first, f"= {few(others)}") for first, *others in keys])
+    def report(what: str, leader: dict[int, Any]) -> None:
+        """Items that have one leader are of one kind."""
+        kinds: dict[Any, list[str]] = defaultdict(list)
+        for i in sorted(leader):
+            kinds[leader[i]].append(data.keys[i])
+        several = [keys for keys in kinds.values() if len(keys) > 1]
+        table.report("note", what, [(first, f"= {few(others)}") for first, *others in several])
 
-    same: dict[str, list[int]] = defaultdict(list)
-    for i, s in enumerate(seen):
-        if s.content:
-            same[s.content].append(i)
-    report("duplicate file", same.values())
-    one = [items[0] for items in same.values()]
+    same = {i: s.content for i, s in enumerate(seen) if s.content}
+    report("duplicate file", same)
+    one = sorted({content: i for i, content in reversed(same.items())}.values())
     hashes = [seen[i].hash for i in one]
-    first: dict[int, int] = {}  # a near duplicate → the first of its kind
+    near: dict[int, int] = {}  # a near duplicate → the first of its kind
     for a, b in near_pairs(hashes, hashes):
-        first.setdefault(one[b], first.get(one[a], one[a]))
-    near: dict[int, list[int]] = defaultdict(list)
-    for i, leader in first.items():
-        near[leader].append(i)
-    report("near duplicate", near.values())
+        near.setdefault(one[b], near.get(one[a], one[a]))
+    report("near duplicate", near)

@@ -14,7 +14,7 @@ import numpy as np
 
 from lcco.common import LCCoError
 from lcco.data.pictures import bad, same_name
-from lcco.data.sets import CoSegData
+from lcco.data.sets import LAYOUTS, CoSegData
 
 COCO_MIN_AREA = 4000  # COCO-SEG: an image counts for a category by one instance of more pixels
 COCO_MIN_IMAGES = 100  # COCO-SEG: categories with fewer such images are dropped
@@ -51,7 +51,7 @@ class COCOData(CoSegData):
         min_images: int = COCO_MIN_IMAGES,
     ) -> None:  # fmt: skip
         super().__init__(name, "coco")
-        self.file, folder = _files(name, root)
+        self.file, folder = _files(root)
         self.problems: list[tuple[str, str, str]] = []
         self._images: dict[str, _Image] = {}
         self._categories: dict[str, str] = {}
@@ -59,10 +59,9 @@ class COCOData(CoSegData):
         self._names: dict[str, str] = {}  # entry → what it names
         self._read()
         found: dict[str, set[str]] = defaultdict(set)
-        for key, objects in self._objects.items():
-            for o in objects:
-                if not o.crowd and o.area > min_area:
-                    found[o.category].add(key)
+        for found_in, o in ((key, o) for key, objects in self._objects.items() for o in objects):
+            if not o.crowd and o.area > min_area:
+                found[o.category].add(found_in)
         groups = {c: found[c] for c in sorted(found) if len(found[c]) >= min_images}
         if not groups:
             rule = f"no category has {min_images} images with an instance over {min_area:g} px"
@@ -214,21 +213,18 @@ def _is_polygon(points: Any) -> bool:
         return False
 
 
-def _files(name: str, root: Path) -> tuple[Path, Path]:
-    """The annotations, and the folder that file names in them are relative to."""
-    files = sorted(root.glob("annotations/instances_*.json"))
-    if not files:
-        raise LCCoError(f"data `{name}`: no {root / 'annotations' / 'instances_train2017.json'}")
-    file = next((f for f in files if f.stem == "instances_train2017"), files[0])
-    fold = file.stem.removeprefix("instances_")
-    for folder in (root / fold, root / "images" / fold):
-        if folder.is_dir():
-            return file, folder
-    raise LCCoError(f"data `{name}`: {file.name} is there, its pictures {root / fold} are not")
+def _files(root: Path) -> tuple[Path, Path]:
+    """The annotations (train2017's if there), and the folder that holds their pictures."""
+    files = root.glob("annotations/instances_*.json")
+    for file in sorted(files, key=lambda f: (f.stem != "instances_train2017", f)):
+        fold = file.stem.removeprefix("instances_")
+        for folder in (root / fold, root / "images" / fold):
+            if folder.is_dir():
+                return file, folder
+    raise bad(root, "no annotations with their pictures", f"expected {LAYOUTS['coco']}")
 
 
 def _on_disk(folder: Path, key: str) -> Path:
-    """A picture's file, where the disk spells its name in another way too."""
+    """A picture's file: disks spell letters with accents in two ways."""
     other = folder / unicodedata.normalize("NFD", key)
-    path = folder / key
-    return other if not key.isascii() and not path.exists() and other.exists() else path
+    return other if not key.isascii() and other.exists() else folder / key

@@ -153,9 +153,8 @@ def _colour(
         hsv = rng.random(), rng.uniform(*saturation), rng.uniform(0.15, 1)
         rgb = np.array(colorsys.hsv_to_rgb(*hsv))
         gaps = [float(np.linalg.norm(rgb - c)) * (1.6 if n else 1) for n, c in enumerate(away)]
-        gap = min(gaps, default=9)
-        if away:  # equally bright colours are hard to tell apart, whatever their hue
-            gap = min(gap, 2.2 * abs(float((rgb - away[0]) @ _GREY)))
+        # equally bright colours are hard to tell apart, whatever their hue
+        gap = min([*gaps, *(2.2 * abs(float((rgb - c) @ _GREY)) for c in away[:1])], default=9)
         if gap > best_gap:
             best, best_gap = rgb, gap
         if best_gap >= distance:
@@ -177,8 +176,8 @@ def _layout(
             there, part = _window(tried[-1], len(patch), size)
             shares.append(float((patch[part] * (1 - hidden[there])).sum() / patch.sum()))
             hidden[there] = np.maximum(hidden[there], patch[part])
-        if min(shares, default=1.0) > best:
-            best, corners = min(shares, default=1.0), tried[::-1]
+        if (least := min(shares, default=1.0)) > best:
+            best, corners = least, tried[::-1]
         if best >= 0.8:
             break
     return corners
@@ -235,7 +234,7 @@ class GlyphWorld(CoSegData):
         super().__init__(f"glyphworld_{fold}", "glyphworld", [key for key, _, _ in found], groups)
         self.scenes, self.size, self._seed = [s for _, s, _ in found], size, _FOLDS.index(fold)
         self._drawn = functools.lru_cache(maxsize=512)(self._draw)  # 32 MB at 128 px
-        self._maps: dict[int, np.ndarray] = {}  # small (48 MB for 3,000), asked for by class
+        self._map = functools.cache(lambda i: self._drawn(i)[1])  # small: 48 MB for 3,000
 
     def _draw(self, i: int) -> tuple[Image.Image, np.ndarray]:
         return draw(self.scenes[i], (self._seed, i), self.size)
@@ -245,9 +244,7 @@ class GlyphWorld(CoSegData):
 
     def labels(self, i: int) -> np.ndarray:
         """The label map of picture i, uint8 [size, size], as `draw` gives it."""
-        if i not in self._maps:
-            self._maps[i] = self._drawn(i)[1]
-        return self._maps[i]
+        return self._map(i)
 
     def mask(self, i: int, classes: Collection[str]) -> np.ndarray:
         return np.isin(self.labels(i), [_LABELS.get(c, -1) for c in classes]).astype(np.uint8)

@@ -141,23 +141,19 @@ def to_rgb(image: Image.Image | np.ndarray) -> Image.Image:
     """
     if isinstance(image, np.ndarray):
         values = image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image
-        if not values.size or values.shape[2:] not in ((), (3,), (4,)) or values.ndim < 2:
-            what = f"an array of shape {list(values.shape)} is no picture"
-            raise ValueError(f"{what}; it must be [H, W] or [H, W, 3 or 4]")
-        if values.dtype.kind == "f" and (np.nanmin(values) < 0 or np.nanmax(values) > 1):
-            found = f"{np.nanmin(values):g} to {np.nanmax(values):g}"
-            raise ValueError(f"an array of floats must be in 0..1; it holds {found}")
+        fits = values.size and values.ndim >= 2 and values.shape[2:] in ((), (3,), (4,))
+        if fits and values.dtype.kind == "f":
+            fits = np.nanmin(values) >= 0 and np.nanmax(values) <= 1
+        if not fits:
+            what = f"an array of shape {list(image.shape)} and kind {image.dtype} is no picture"
+            raise ValueError(f"{what}; it must be [H, W] or [H, W, 3 or 4], floats in 0..1")
         image = Image.fromarray(_eight_bits(values))
-    if _numbers(image):
+    if image.mode[0] in "FI":
         image = Image.fromarray(_eight_bits(np.asarray(image)))
     if image.has_transparency_data:
         image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
-
-
-def _numbers(image: Image.Image) -> bool:
-    return image.mode == "F" or image.mode.startswith("I")
 
 
 def _eight_bits(values: np.ndarray) -> np.ndarray:
@@ -192,16 +188,14 @@ def _range(values: np.ndarray) -> tuple[float, float]:
 def read_mask(path: Path | str) -> np.ndarray:
     """A mask file as grey uint8 [H, W], upright.
 
-    Raises: LCCoError for a file that does not decode, or that hides its object in transparency,
-    as a cut-out does.
+    Raises: LCCoError for a file that does not decode, or a cut-out, whose alpha hides the object.
     """
     image = _decoded(path)
     if image.mode in ("LA", "RGBA", "PA", "La", "RGBa"):
         if np.asarray(image)[..., -1].min(initial=255) < 255:
-            mend = "save it as grey, object 255 and background 0"
-            raise bad(path, "mask with transparency", mend)
+            raise bad(path, "mask with transparency", "save it as grey, object 255, rest 0")
         image = to_rgb(image)
-    return _eight_bits(np.asarray(image)) if _numbers(image) else np.asarray(image.convert("L"))
+    return _eight_bits(np.asarray(image if image.mode[0] in "FI" else image.convert("L")))
 
 
 def read_labels(path: Path | str) -> np.ndarray:

@@ -26,12 +26,12 @@ class GroupSampler:
     """Draws groups: a class, then N distinct images of it (with repeats if the class has fewer).
 
     `class_sampling`: P(class) ∝ 1, √count or count. The truth is the union of every class that all
-    N share (COCO-SEG). `paired`: the share of groups whose images all hold a second class too, no
-    second class being common to all N, so that only the set tells which one counts (classes that
-    allow no such group are left out; with none, a plain group). `absent`: the chance that one image
-    of a group is replaced by one without the shared classes. `flip`: half of the images are
-    mirrored; `crop` < 1: each is cropped to a random share ≥ `crop` of its sides.
-    The groups of a step depend on (seed, step) alone, not on workers or earlier steps.
+    N share (COCO-SEG). `paired`: the share of groups whose images all hold a second class too, none
+    common to all N, so that only the set tells which one counts (a plain group where that cannot
+    be). `absent`: the chance that one image of a group is replaced by one without the shared
+    classes. `flip`: half of the images are mirrored; `crop` < 1: each is cropped to a random share
+    ≥ `crop` of its sides. The groups of a step depend on (seed, step) alone.
+    Raises: LCCoError for settings that allow no draw.
     """
 
     def __init__(
@@ -41,8 +41,8 @@ class GroupSampler:
     ) -> None:  # fmt: skip
         power = {"uniform": 0.0, "sqrt": 0.5, "proportional": 1.0}.get(class_sampling)
         if power is None:
-            told = f"class_sampling is `{class_sampling}`"
-            raise LCCoError(f"{told}; it must be uniform, sqrt or proportional")
+            known = "uniform, sqrt or proportional"
+            raise LCCoError(f"class_sampling is `{class_sampling}`; it must be {known}")
         if groups < 1 or group_size < 1 or not 0 < crop <= 1:
             raise LCCoError("groups and group_size must be at least 1, crop in (0, 1]")
         self.data, self.n, self.size, self.seed = data, groups, group_size, seed
@@ -73,10 +73,9 @@ class GroupSampler:
         rng = np.random.default_rng((self.seed, step))
         return [self._draw(rng) for _ in range(self.n)]
 
-    def _pick(self, rng: np.random.Generator, classes: Iterable[str]) -> str:
-        names = list(classes)
-        weights = np.array([self._weights[c] for c in names])
-        return names[rng.choice(len(names), p=weights / weights.sum())]
+    def _pick(self, rng: np.random.Generator, pools: dict[str, np.ndarray]) -> str:
+        weights = np.array([self._weights[c] for c in pools])
+        return list(pools)[rng.choice(len(pools), p=weights / weights.sum())]
 
     def _draw(self, rng: np.random.Generator) -> Draw:
         items = self._draw_paired(rng) if rng.random() < self.paired and self._pools else None
@@ -91,18 +90,18 @@ class GroupSampler:
                 if not shared & self.data.labels_of(other):
                     items[rng.integers(self.size)] = other
                     break
-        flips = rng.random(self.size) < 0.5 if self.flip else [False] * self.size
+        flips = (rng.random(self.size) < 0.5).tolist() if self.flip else [False] * self.size
         crops = tuple(self._box(rng) for _ in items)
-        return Draw(tuple(sorted(shared)), tuple(items), tuple(bool(f) for f in flips), crops)
+        return Draw(tuple(sorted(shared)), tuple(items), tuple(flips), crops)
 
     def _draw_paired(self, rng: np.random.Generator) -> np.ndarray | None:
         c = self._pick(rng, self._pools)
+        pool = self._pools[c]
         for _ in range(20):
-            items = rng.choice(self._pools[c], self.size, replace=False)
+            items = rng.choice(pool, self.size, replace=False)
             for d in self._common(items) - {c}:  # one that lacks the second class takes a place
-                others = [
-                    i for i in self._pools[c] if d not in self.data.classes_of(i) and i not in items
-                ]
+                rest = [i for i in pool if i not in items]
+                others = [i for i in rest if d not in self.data.classes_of(i)]
                 if others:
                     items[rng.integers(self.size)] = rng.choice(others)
             if self._common(items) == {c}:

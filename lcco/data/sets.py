@@ -280,12 +280,13 @@ def folders_in(root: Path) -> list[Path]:
     return sorted(d for d in found if d.is_dir() and not pictures.is_system(d.name))
 
 
-def by_stem(folder: Path) -> dict[str, list[Path]]:
-    """A folder's pictures by their name without its ending, in the one spelling."""
+def by_stem(folder: Path) -> tuple[dict[str, list[Path]], dict[str, list[str]]]:
+    """A folder's pictures by name without ending, in the one spelling; and `listing`'s others."""
+    files, others = pictures.listing(folder) if folder.is_dir() else ([], {})
     found: dict[str, list[Path]] = defaultdict(list)
-    for file in sorted(pictures.listing(folder)[0]) if folder.is_dir() else ():
+    for file in sorted(files):
         found[same_name(file.stem)].append(file)
-    return found
+    return found, others
 
 
 def read_lines(file: Path) -> list[str]:
@@ -313,34 +314,30 @@ class FolderData(CoSegData):
         super().__init__(name, layout)
         known = self._folders(root)
         if missing := [c for c in classes or () if c not in known]:
-            words = f"group{'s'[: len(missing) > 1]} {', '.join(missing)}"
-            raise LCCoError(f"data `{name}`: {root} lacks the {words}")
-        groups: dict[str, Sequence[int]] = {}
+            raise LCCoError(f"data `{name}`: {root} lacks the groups {', '.join(missing)}")
+        self.groups = {}
         for c in sorted(classes or known):
             first = len(self.files)
             self.keys += tuple(self._read_class(c, *known[c]))
-            groups[c] = range(first, len(self.files))
+            if len(self.files) > first:
+                self.groups[c] = tuple(range(first, len(self.files)))
+            else:
+                self.left_out[BARE_CLASSES].append(str(known[c][0]))
         if not self.files:
             raise LCCoError(f"{root}: no class folder with pictures; expected {LAYOUTS[layout]}")
-        self.groups = {c: tuple(items) for c, items in groups.items() if items}
-        bare = [known[c][0] for c, items in groups.items() if not items]
-        if layout in SIDES and classes is None:
-            truths = {folder for _, folder in known.values()}
-            bare += [d for d in folders_in(root / SIDES[layout][1]) if d not in truths]
-        if bare:
-            self.left_out[BARE_CLASSES] = [str(d) for d in bare]
 
     def _folders(self, root: Path) -> dict[str, tuple[Path, Path]]:
-        """Class → its folders of pictures and of masks."""
+        """Class → its folders of pictures and of masks; one of them may be missing."""
         if self.layout == "rubinstein":
-            pairs = [(d, d / "GroundTruth") for d in folders_in(root)]
-            pairs = [pair for pair in pairs if pair[1].is_dir()]
+            found = [(d, d / "GroundTruth") for d in folders_in(root)]
+            found = [pair for pair in found if pair[1].is_dir()]
         else:
-            images, truths = (root / side for side in SIDES[self.layout])
-            there = {same_name(d.name): d for d in folders_in(truths)}
-            pairs = [(d, there.get(same_name(d.name), truths / d.name)) for d in folders_in(images)]
+            sides = [root / side for side in SIDES[self.layout]]
+            there = [{same_name(d.name): d for d in folders_in(side)} for side in sides]
+            found = [tuple(d.get(c, side / c) for d, side in zip(there, sides, strict=True))
+                     for c in sorted(there[0] | there[1])]  # fmt: skip
         known: dict[str, tuple[Path, Path]] = {}
-        for pair in pairs:
+        for pair in found:
             c = same_name(pair[0].name).strip().lower()
             if self.layout == "rubinstein":
                 c = c.removesuffix("100")  # `Horse100`: 100 pictures of horses
@@ -353,9 +350,9 @@ class FolderData(CoSegData):
 
     def _read_class(self, c: str, images: Path, truths: Path) -> Iterator[str]:
         """Pair a class's pictures with its masks in `files`. Yields: their keys."""
-        for why, names in pictures.listing(images)[1].items():
+        (stems, others), (masks, _) = by_stem(images), by_stem(truths)
+        for why, names in others.items():
             self.left_out[why] += [f"{images.name}/{name}" for name in names]
-        stems, masks = by_stem(images), by_stem(truths)
         for stem, image in ((word, image) for word in sorted(stems) for image in stems[word]):
             alone, name = len(stems[stem]) == 1, same_name(image.name)
             words = [w for w in (name, f"{stem}_{image.suffix[1:]}") if w not in stems]
@@ -416,7 +413,7 @@ class VOCData(CoSegData):
         for folder in (images, truths):
             if not folder.is_dir():
                 raise LCCoError(f"data `{name}`: no folder {folder}")
-        self.partial, self._images, masks = partial, by_stem(images), by_stem(truths)
+        self.partial, self._images, masks = partial, by_stem(images)[0], by_stem(truths)[0]
         self.lists = {word: self._read_list(root, word) for word in lists}
         self.keys = tuple(dict.fromkeys(key for keys in self.lists.values() for key in keys))
         if not self.keys:
@@ -443,15 +440,14 @@ class VOCData(CoSegData):
 
     def _key(self, line: str) -> str:
         """The picture that a line means: the whole line, with its ending, or as a path."""
-        pair = re.fullmatch(r"\s*/?JPEGImages/(.+)\.\w+\s+/?\w+/\1\.\w+\s*", line)  # the augmented
-        words = [pair[1]] if pair else [line, line.strip()]
-        for word in map(same_name, words):
+        path = re.fullmatch(r"\s*/?JPEGImages/(.+)\.\w+\s+/?\w+/\1\.\w+\s*", line)  # the augmented
+        for word in map(same_name, [path[1]] if path else [line, line.strip()]):
             if word in self._images:
                 return word
             stem = word.rpartition(".")[0]
             if any(same_name(f.name) == word for f in self._images.get(stem, ())):
                 return stem
-        return same_name(words[-1])
+        return word
 
     @cached_property
     def groups(self) -> dict[str, tuple[int, ...]]:
