@@ -10,7 +10,7 @@ import pytest
 
 from lcco.config import Experiment, Profile
 from lcco.experiment import figures
-from lcco.experiment.tables import row, with_paper
+from lcco.experiment.tables import caption, row, with_paper
 
 PROFILE = Profile(name="lite", experiment=Experiment())
 READINGS = ("modulation_residual = false", "isfc_softmax = channels", "vocabulary = imagenet1k",
@@ -111,7 +111,7 @@ def test_every_figure_is_laid_out_without_a_fault(name: str, tmp_path: Path):
     figure = DRAW[name]()
     assert figures.layout_problems(figure) == []
     png = figures.save(figure, tmp_path, name, "What it shows.")
-    assert figures.caption(png) == "What it shows."
+    assert caption(png) == "What it shows."
     assert (tmp_path / f"{name}.pdf").stat().st_size > 1000
 
 

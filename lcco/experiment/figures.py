@@ -56,14 +56,6 @@ def save(figure: Figure, folder: Path, name: str, caption: str = "", photos: boo
     return folder / f"{name}.png"
 
 
-def caption(png: Path) -> str:
-    """The caption that `save` put into a PNG."""
-    from PIL import Image
-
-    with Image.open(png) as image:
-        return str(image.info.get("Description", ""))
-
-
 def show(figure: Figure, folder: Path, name: str, text: str, photos: bool = False) -> None:
     """Save a figure and show it in a notebook, with its caption under it."""
     from IPython.display import Image, Markdown, display

@@ -463,10 +463,16 @@ def _about(profile: str) -> str:
     return load_profile(profile).about.strip() if profile in profile_names() else ""
 
 
+def caption(png: Path) -> str:
+    """The caption that a figure was saved with."""
+    from PIL import Image
+
+    with Image.open(png) as image:
+        return str(image.info.get("Description", ""))
+
+
 def results_readme(folder: Path) -> Path:
     """Write a results folder's README.md: its tables with their figures, machines, time."""
-    from lcco.experiment.figures import caption
-
     folder, tables = Path(folder), _written(Path(folder))
     captions = {png.stem: caption(png) for png in sorted(folder.glob("*.png"))}
     order = {t: figures.split() for t, figures in paper_table("order").to_numpy()}
