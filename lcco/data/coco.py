@@ -58,11 +58,12 @@ class COCOData(CoSegData):
         self._objects: dict[str, list[_Object]] = defaultdict(list)
         self._names: dict[str, str] = {}  # entry → what it names
         self._read()
-        found: dict[str, set[str]] = defaultdict(set)
-        for found_in, o in ((key, o) for key, objects in self._objects.items() for o in objects):
-            if not o.crowd and o.area > min_area:
-                found[o.category].add(found_in)
-        groups = {c: found[c] for c in sorted(found) if len(found[c]) >= min_images}
+        held: dict[str, set[str]] = defaultdict(set)
+        for key, objects in self._objects.items():
+            for found in objects:
+                if not found.crowd and found.area > min_area:
+                    held[found.category].add(key)
+        groups = {c: held[c] for c in sorted(held) if len(held[c]) >= min_images}
         if not groups:
             rule = f"no category has {min_images} images with an instance over {min_area:g} px"
             first = f"; {': '.join(self.problems[0][1:])}" if self.problems else ""
@@ -76,11 +77,10 @@ class COCOData(CoSegData):
             self.UNUSED: [item for status, item, _ in self.problems if status == "error"],
             "images without a category's instance that is large enough":
                 [image.name for key, image in self._images.items() if key not in number],
-            f"categories with fewer than {min_images} images": sorted(found.keys() - groups.keys()),
+            f"categories with fewer than {min_images} images": sorted(held.keys() - groups.keys()),
         }  # fmt: skip
         self.left_out |= {why: names for why, names in reasons.items() if names}
 
-    # ------------------------------------------------------------------------------- the entries
     def _read(self) -> None:
         try:
             document = json.loads(self.file.read_text(encoding="utf-8-sig"))
@@ -152,7 +152,6 @@ class COCOData(CoSegData):
             self.problems.append(("note", item, told))
         self._objects[key].append(found)
 
-    # ----------------------------------------------------------------------------------- the masks
     def _decoded(self, found: _Object, image: _Image) -> np.ndarray:
         """uint8 [H, W] of {0, 1}. Raises: LCCoError naming the annotation."""
         from pycocotools import mask as coco

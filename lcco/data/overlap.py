@@ -55,14 +55,11 @@ def _looks(hashes: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray, n
 
 def near_pairs(a: Sequence[str], b: Sequence[str]) -> list[tuple[int, int]]:
     """Index pairs of hashes that differ in few bits, and whose thumbnails agree."""
-    (bits, cells, variance, tolerance), right = _looks(a), _looks(b)
-    found = []
-    for n, row in enumerate(bits):  # one row against all: memory stays at one row
-        m = np.flatnonzero(np.bitwise_count(right[0] ^ row).sum(1) <= NEAR)
-        if len(m):
-            apart = (right[2][m] + variance[n]) / 2 - right[1][m] @ cells[n] / CELLS**2
-            agree = apart <= np.minimum(right[3][m], tolerance[n])
-            found += [(n, int(k)) for k in m[agree]]
+    found, right = [], _looks(b)
+    for n, (bits, cells, variance, tolerance) in enumerate(zip(*_looks(a), strict=True)):
+        m = np.flatnonzero(np.bitwise_count(right[0] ^ bits).sum(1) <= NEAR)
+        apart = (right[2][m] + variance) / 2 - right[1][m] @ cells / CELLS**2
+        found += [(n, int(k)) for k in m[apart <= np.minimum(right[3][m], tolerance)]]
     return found
 
 

@@ -154,10 +154,10 @@ class CoSegData:
         return [self.fact(i, LOOKS) for i in range(len(self))]
 
     @cached_property
-    def _digests(self) -> tuple[str, str]:
+    def _digests(self) -> list[str]:
         masks = [self.fact(i, "masks") for i in range(len(self))]
         contents = [(key, self.content(i)) for i, key in enumerate(self.keys)]
-        return digest(contents), digest(masks) if any(masks) else ""
+        return [digest(contents), digest(masks) if any(masks) else ""]
 
     def digest(self) -> str:
         """A hash over every item's key and picture file."""
@@ -169,7 +169,7 @@ class CoSegData:
 
     def identity(self) -> str:
         """A hash over pictures and masks."""
-        return digest(list(self._digests)) if self.truth_digest() else self.digest()
+        return digest(self._digests) if self.truth_digest() else self.digest()
 
     def subset(self, indices: Iterable[int], name: str) -> CoSegData:
         """The items of these indices, in this order, as a set; groups left empty are dropped."""
@@ -329,8 +329,8 @@ class FolderData(CoSegData):
     def _folders(self, root: Path) -> dict[str, tuple[Path, Path]]:
         """Class → its folders of pictures and of masks; one of them may be missing."""
         if self.layout == "rubinstein":
-            found = [(d, d / "GroundTruth") for d in folders_in(root)]
-            found = [pair for pair in found if pair[1].is_dir()]
+            pairs = ((d, d / "GroundTruth") for d in folders_in(root))
+            found = [pair for pair in pairs if pair[1].is_dir()]
         else:
             sides = [root / side for side in SIDES[self.layout]]
             there = [{same_name(d.name): d for d in folders_in(side)} for side in sides]
