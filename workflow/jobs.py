@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -16,6 +17,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+if __name__ == "__main__":  # Ctrl-C while the rest is imported ends it without a word
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -36,6 +39,7 @@ def logged(name: str, log: Path) -> Iterator[None]:
             os.dup2(file.fileno(), fd)
         said, code = "", 1
         try:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             yield
             said, code = f"done: {name} ({duration(time.monotonic() - began)})", 0
         except KeyboardInterrupt:
@@ -126,6 +130,7 @@ def stale(marker: Path, job: Job) -> bool:
 
 def notebook(source: Path, out: Path, log: Path, given: Mapping[str, Any]) -> None:
     """Run a notebook by papermill, with those of the parameters that it has."""
+    import nbformat
     import papermill
     from jupyter_client.kernelspec import NoSuchKernel
     from nbclient.exceptions import DeadKernelError
@@ -134,7 +139,7 @@ def notebook(source: Path, out: Path, log: Path, given: Mapping[str, Any]) -> No
     values = {k: v for k, v in given.items() if k in known}
     unfinished = log.with_suffix(".ipynb")
     try:
-        papermill.execute_notebook(
+        made = papermill.execute_notebook(
             str(source.relative_to(ROOT)), str(unfinished), values, kernel_name="python3",
             progress_bar=False, cwd=str(ROOT), log_output=False, stdout_file=sys.stdout,
             stderr_file=sys.stderr,
@@ -150,8 +155,9 @@ def notebook(source: Path, out: Path, log: Path, given: Mapping[str, Any]) -> No
         if error.ename in ("LCCoError", "Missing"):
             raise LCCoError(f"cell {error.exec_count}: {error.evalue}") from None
         raise
+    made.metadata.papermill.output_path = out.name  # it is committed: no folder of this machine
     with atomic_path(out) as part:
-        part.write_bytes(unfinished.read_bytes())
+        nbformat.write(made, part)
     unfinished.unlink()
 
 
