@@ -471,6 +471,17 @@ def caption(png: Path) -> str:
         return str(image.info.get("Description", ""))
 
 
+def _headline(tables: Sequence[Table]) -> str:
+    """What the modules change, under the first protocol of Table 1 and in the group choice."""
+    said = []
+    for table in (t for t in tables if t.name in ("table1_main", "choice")):
+        change = paired(table.rows).query("row == 'LCCo'")
+        for r in change[change["protocol"].eq(table.rows["protocol"].iloc[0])].to_dict("records"):
+            kind = " in the group choice" if table.name == "choice" else ""
+            said.append(f"{r['mean']:+.1f} on {label(r['test_set'])}{kind}")
+    return f"LCCo against its Baseline, in points of J: {', '.join(said)}." if said else ""
+
+
 def results_readme(folder: Path) -> Path:
     """Write a results folder's README.md: its tables with their figures, machines, time."""
     folder, tables = Path(folder), _written(Path(folder))
@@ -481,6 +492,7 @@ def results_readme(folder: Path) -> Path:
     runs = _trainings({name: run for t in tables for name, run in t.runs.items()})
     return _page(
         folder / "README.md", "profile.md", name=folder.name, about=_about(folder.name),
+        headline=_headline(tables),
         books=sorted(folder.glob("notebooks/*.ipynb")), tables=tables, captions=captions,
         beside=beside, rest=rest, runs=runs, time=duration(runs["seconds"].sum()),
     )  # fmt: skip
