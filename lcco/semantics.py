@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,47 +21,20 @@ from lcco import backbones
 from lcco.common import LCCoError, digest, file_digest, one_line, place
 from lcco.store import kept
 
+VOCAB = Path(__file__).parent / "vocab"
 VOCABULARIES = ("coco80", "voc20", "imagenet1k", "glyphs")
 BATCH = 32
+CARD = ("model_config", "image_size", "mean", "std", "context_length")  # what a .json model holds
 
-# ImageNet has no class of that name although its pictures show the thing: ConSE's class texts say
-# what they show. Chosen by meaning; every other class keeps open_clip's name.
-IMAGENET_ALIASES = {
-    "ox": "cow",  # the only domestic cattle
-    "common sorrel horse": "horse",  # the only horse; its colour would dominate the text
-    "ram (adult male sheep)": "sheep",  # the only domestic sheep
-    **dict.fromkeys(("baseball player", "bridegroom", "scuba diver"), "person"),  # the only people
-    **dict.fromkeys(  # what is worn is pictured on whoever wears it; ImageNet has no word for them
-        (
-            "abaya", "academic gown", "apron", "balaclava ski mask", "bikini", "bolo tie",
-            "bow tie", "bra", "breastplate", "bulletproof vest", "cardigan", "chain mail", "cloak",
-            "cowboy hat", "crash helmet", "cuirass", "feather boa", "football helmet", "fur coat",
-            "gas mask or respirator", "gown", "graduation cap", "hair wig", "hoop skirt", "jeans",
-            "kimono", "knee pad", "lab coat", "military hat (bearskin or shako)",
-            "military uniform", "miniskirt", "neck brace", "necklace", "one-piece bathing suit",
-            "overskirt", "oxygen mask", "pajamas", "Pickelhaube", "poke bonnet", "poncho", "sarong",
-            "scarf", "shower cap", "sombrero", "stethoscope", "suit", "sunglasses", "sweatshirt",
-            "swim trunks / shorts", "swimming cap", "T-shirt", "tights", "trench coat", "vestment",
-            "Windsor tie",
-        ),
-        "person",
-    ),
-}  # fmt: skip
 
-# One thing under the names that data sets and vocabularies give it
-_SYNONYMS = (
-    ("airplane", "aeroplane", "plane"),
-    ("bicycle", "bike"),
-    ("motorcycle", "motorbike"),
-    ("couch", "sofa"),
-    ("dining table", "diningtable", "table"),
-    ("potted plant", "pottedplant"),
-    ("tv", "tvmonitor", "tv monitor", "television", "tv/monitor"),
-    ("person", "face", "human"),
-    ("cow", "ox"),
-    ("horse", "common sorrel horse"),
-    ("sheep", "ram (adult male sheep)"),
-)
+def _groups(table: str) -> list[list[str]]:
+    """The lines of a table in vocab/: names of one thing."""
+    lines = (VOCAB / f"{table}.txt").read_text(encoding="utf-8").splitlines()
+    return [line.split(", ") for line in lines if not line.startswith("#")]
+
+
+SYNONYMS = _groups("synonyms")
+IMAGENET_ALIASES = {word: name for name, *rest in _groups("imagenet_aliases") for word in rest}
 
 
 class Tower(Protocol):
@@ -127,7 +100,7 @@ class OpenClipTower(_ImageSide):
 
     def __init__(self, model: str, weights: str | None, *, device: Any = None) -> None:
         own = model == "glyph-clip" or model.endswith(".json")
-        with _quiet(), torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             net, self._tokenizer, card, file = (_own_model if own else _named_model)(model, weights)
         if file is not None:
@@ -142,18 +115,14 @@ class OpenClipTower(_ImageSide):
         recipe = [card, "squash", file_digest(file) if file else "random, seed 0"]
         self.identity = f"openclip-{Path(model).stem}-{digest(recipe)}"
 
+    @torch.no_grad()
     def encode_prompts(self, texts: Sequence[str]) -> Tensor:
-        if hasattr(self._tokenizer, "encode"):  # open_clip's cuts in silence, HF's as they should
-            for text in texts:
-                if (count := len(self._tokenizer.encode(text)) + 2) > self.context:
-                    what = f"has {count} tokens; the tower reads {self.context}"
-                    raise LCCoError(f"prompt {text[:40]!r}… {what}")
-        out = []
-        for start in range(0, len(texts), 256):
-            tokens = self._tokenizer(list(texts[start : start + 256])).to(self.device)
-            with torch.no_grad():
-                out.append(self._net.encode_text(tokens, normalize=True).float().cpu())
-        return torch.cat(out)
+        for text in texts if hasattr(self._tokenizer, "encode") else ():  # it cuts in silence
+            if (count := len(self._tokenizer.encode(text)) + 2) > self.context:
+                what = f"has {count} tokens; the tower reads {self.context}"
+                raise LCCoError(f"prompt {text[:40]!r}… {what}")
+        parts = self._tokenizer(list(texts)).to(self.device).split(256)
+        return torch.cat([self._net.encode_text(x, normalize=True).float().cpu() for x in parts])
 
     def _embed(self, x: Tensor) -> Tensor:
         return self._net.encode_image(x)
@@ -177,10 +146,6 @@ class ConseTower(_ImageSide):
 
         self.templates, self.device = tuple(templates), _device(device)
         self._folder = Path(get_model_path())
-        # Models are loaded when they are first needed: what is cached needs none.
-        self._net: Any = None
-        self._classes: Any = None
-        self._text: Any = None
         # Prompts do not depend on how images are embedded, so the text side has its own identity.
         self.text_identity = f"minilm-{file_digest(self._folder / 'model.safetensors')}"
         image = file_digest(backbones.weights_file("efficientnet_lite2", "package"))
@@ -188,24 +153,31 @@ class ConseTower(_ImageSide):
         how = [self.templates, 1.0, self.top, self.size, "squash"]  # 1.0: the softmax's temperature
         self.identity = f"conse-{digest([image, self.text_identity, names, *how])}"
 
-    def encode_prompts(self, texts: Sequence[str]) -> Tensor:
-        if self._text is None:
-            with _quiet():
-                from sentence_transformers import SentenceTransformer
-                from transformers.utils.logging import disable_progress_bar
+    # Models are loaded when they are first needed: what is cached needs none.
+    @cached_property
+    def _text(self) -> Any:
+        from sentence_transformers import SentenceTransformer
+        from transformers.utils.logging import disable_progress_bar
 
-                disable_progress_bar()  # a bar for 0.1 s of loading
-                folder, device = str(self._folder), str(self.device)
-                self._text = SentenceTransformer(folder, device=device, local_files_only=True)
+        disable_progress_bar()  # a bar for 0.1 s of loading
+        how = {"device": str(self.device), "local_files_only": True}
+        return SentenceTransformer(str(self._folder), **how)
+
+    @cached_property
+    def _net(self) -> nn.Module:
+        net = backbones.classifier("efficientnet_lite2", "package").requires_grad_(False)
+        return net.to(self.device, memory_format=torch.channels_last)
+
+    @cached_property
+    def _classes(self) -> Tensor:
+        return prompts(self, imagenet_names(), self.templates).to(self.device)
+
+    @torch.no_grad()
+    def encode_prompts(self, texts: Sequence[str]) -> Tensor:
         how = {"convert_to_tensor": True, "normalize_embeddings": True, "show_progress_bar": False}
-        with torch.no_grad():
-            return self._text.encode(list(texts), batch_size=64, **how).float().cpu().clone()
+        return self._text.encode(list(texts), batch_size=64, **how).float().cpu().clone()
 
     def _embed(self, x: Tensor) -> Tensor:
-        if self._net is None:
-            net = backbones.classifier("efficientnet_lite2", "package").requires_grad_(False)
-            self._net = net.to(self.device, memory_format=torch.channels_last)
-            self._classes = prompts(self, imagenet_names(), self.templates).to(self.device)
         p, index = self._net(x).float().softmax(-1).topk(self.top, dim=-1)  # [n, top]
         return torch.einsum("nk,nkd->nd", p / p.sum(-1, keepdim=True), self._classes[index])
 
@@ -257,16 +229,13 @@ def vocabulary(name: str | Path) -> list[str]:
     """
     if str(name) == "imagenet1k":
         return list(dict.fromkeys(imagenet_names()))
-    known = Path(__file__).parent / "vocab" / f"{name}.txt"
-    path = known if str(name) in VOCABULARIES else Path(name).expanduser()
+    path = VOCAB / f"{name}.txt" if name in VOCABULARIES else Path(name).expanduser()
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        words = [one_line(line) for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        why = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else "no such file"
-        mend = f"give one of {', '.join(VOCABULARIES)} or a text file"
-        raise LCCoError(f"vocabulary {path}: {why}; {mend}") from None
+        mend = f"give one of {', '.join(VOCABULARIES)} or a text file in UTF-8"
+        raise LCCoError(f"vocabulary {path}: {one_line(error)}; {mend}") from None
     first: dict[str, int] = {}
-    words = [one_line(line) for line in lines]
     for number, word in enumerate(words, 1):
         before = first.setdefault(word.casefold(), number)
         if not word or before != number:
@@ -285,7 +254,7 @@ def vocabulary_hash(words: Sequence[str]) -> str:
 def target_word(cls: str, words: Sequence[str]) -> int | None:
     """The index of a data set's class in a vocabulary, by name or synonym; None if absent."""
     name = cls.casefold().replace("_", " ")
-    names = next((group for group in _SYNONYMS if name in group), (name,))
+    names = next((group for group in SYNONYMS if name in group), (name,))
     ranks = {word.casefold(): n for n, word in reversed(list(enumerate(words)))}
     return next((ranks[n] for n in (name, *names) if n in ranks), None)
 
@@ -311,15 +280,12 @@ def prompts(tower: Tower, words: Sequence[str], templates: Sequence[str]) -> Ten
 
 
 def painted(
-    image: Image.Image,
-    mask: np.ndarray,
-    background: str = "zero",
+    image: Image.Image, mask: np.ndarray, background: str = "zero",
     mean: Sequence[float] = (0.5, 0.5, 0.5),
-) -> Image.Image:
+) -> Image.Image:  # fmt: skip
     """The image with all pixels where `mask` is not 1 black, or of colour `mean` (0..1)."""
     pixels = np.array(image.convert("RGB"))
-    colour = [0, 0, 0] if background == "zero" else [round(255 * m) for m in mean]
-    pixels[mask != 1] = np.array(colour, dtype=np.uint8)
+    pixels[mask != 1] = [0, 0, 0] if background == "zero" else [round(255 * m) for m in mean]
     return Image.fromarray(pixels)
 
 
@@ -332,13 +298,9 @@ def _own_model(model: str, weights: str | None) -> _Model:
 
     package = backbones.PACKAGE_WEIGHTS / "glyph_clip.json"
     path = package if model == "glyph-clip" else Path(model).expanduser()
-    needed = ("model_config", "image_size", "mean", "std", "context_length")
-    try:
+    with backbones.reading(path, f"a model with {', '.join(CARD)}"):
         read = json.loads(path.read_text(encoding="utf-8"))
-        card = {key: read[key] for key in needed}
-    except (OSError, ValueError, KeyError) as error:
-        why = "no such file" if isinstance(error, OSError) else f"it needs {', '.join(needed)}"
-        raise LCCoError(f"`tower.model` {path}: {why}") from None
+        card = {key: read[key] for key in CARD}
     net = open_clip.model.CLIP(**card["model_config"])
     tokenizer = open_clip.SimpleTokenizer(context_length=card["context_length"])
     file = path.with_suffix(".safetensors") if weights == "package" else Path(weights or "")
@@ -353,19 +315,24 @@ def _named_model(model: str, weights: str | None) -> _Model:
     if config is None:
         raise LCCoError(f"`tower.model` {model!r}: not in open_clip.list_models()")
     tags, text = list_pretrained_tags_by_model(model), config["text_cfg"]
-    file = _named_file(model, weights, tags, bool(config.get("quick_gelu"))) if weights else None
-
-    def build() -> tuple[nn.Module, Any]:
-        return open_clip.create_model(model, pretrained_text=False), open_clip.get_tokenizer(model)
-
-    repo = text.get("hf_tokenizer_name") or text.get("hf_model_name")
-    if repo and not _on_disk(repo, "tokenizer.json", "tokenizer_config.json"):
-        how = f"run `hf download {repo}` where the net answers"
-        net, tokenizer = backbones.fetch(repo, f"https://huggingface.co/{repo}", how, build)
-    else:
-        net, tokenizer = build()
     # Only a tag says how pictures are scaled; a local file is taken to be as the model's first.
     seen = get_pretrained_cfg(model, weights if weights in tags else (tags or [""])[0])
+    file = Path(weights).expanduser() if weights else None
+    if weights in tags:
+        _same_gelu(model, weights, bool(config.get("quick_gelu")), bool(seen.get("quick_gelu")))
+        repo, _, name = seen["hf_hub"].rpartition("/")
+        kinds = [name] if name else ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
+        file = backbones.hub_file(repo, *kinds)
+    elif file and not file.is_file():
+        what = f"neither a file nor a tag of {model} ({', '.join(tags) or 'it has none'})"
+        raise LCCoError(f"`tower.weights` {weights!r} is {what}")
+    if repo := text.get("hf_tokenizer_name") or text.get("hf_model_name"):
+        backbones.hub_file(repo, "tokenizer.json", "tokenizer_config.json")
+    logging.disable(logging.WARNING)  # that it loads no weights
+    try:
+        net = open_clip.create_model(model, pretrained_text=False)
+    finally:
+        logging.disable(logging.NOTSET)
     size = net.visual.image_size
     card = {
         "model_config": {"name": model, **config},
@@ -374,27 +341,7 @@ def _named_model(model: str, weights: str | None) -> _Model:
         "std": seen.get("std") or open_clip.OPENAI_DATASET_STD,
         "context_length": text.get("context_length", 77),
     }
-    return net, tokenizer, card, file
-
-
-def _named_file(model: str, weights: str, tags: Sequence[str], quick: bool) -> Path:
-    """The file of a tag, downloaded once, or of a path."""
-    from open_clip.pretrained import download_pretrained, get_pretrained_cfg
-
-    if weights not in tags:
-        if not Path(weights).expanduser().is_file():
-            what = f"neither a file nor a tag of {model} ({', '.join(tags) or 'it has none'})"
-            raise LCCoError(f"`tower.weights` {weights!r} is {what}")
-        return Path(weights).expanduser()
-    seen = get_pretrained_cfg(model, weights)
-    _same_gelu(model, weights, quick, bool(seen.get("quick_gelu")))
-    repo, name = seen.get("hf_hub", "").rpartition("/")[::2]
-    names = [name] if name else ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
-    if found := _on_disk(repo, *names):
-        return found
-    page = f"https://huggingface.co/{repo}/resolve/main/{names[0]}" if repo else seen["url"]
-    how = f"download {page} and set `tower.weights` to that file"
-    return Path(backbones.fetch(f"{model} {weights}", page, how, lambda: download_pretrained(seen)))
+    return net, open_clip.get_tokenizer(model), card, file
 
 
 def _same_gelu(model: str, weights: str, ours: bool, theirs: bool) -> None:
@@ -405,41 +352,19 @@ def _same_gelu(model: str, weights: str, ours: bool, theirs: bool) -> None:
         raise LCCoError(f"QuickGELU mismatch: {what}")
 
 
-def _on_disk(repo: str, *names: str) -> Path | None:
-    """The first of a hub repository's files that is in the hub's cache."""
-    from huggingface_hub import try_to_load_from_cache
-
-    found = (try_to_load_from_cache(repo, name) for name in names if repo)
-    return next((Path(path) for path in found if isinstance(path, str)), None)
-
-
 def _load(net: nn.Module, path: Path, model: str, quick: bool) -> None:
     import open_clip
 
-    state = backbones.read_tensors(path)  # says it itself where the file is absent or damaged
+    state = backbones.read_tensors(path)
     numbers = {"input_resolution", "context_length", "vocab_size"}  # in OpenAI's own files alone
     if openai := state.keys() >= numbers:
         _same_gelu(model, str(path), quick, True)
-    try:
+    with backbones.reading(path, f"weights of `{model}`"):
         if openai:
             net.load_state_dict({k: v for k, v in state.items() if k not in numbers})
         else:
             open_clip.load_checkpoint(net, str(path))
-    except Exception as error:
-        why = [*str(error).splitlines(), "", ""][1].strip()[:120] or type(error).__name__
-        raise LCCoError(f"{path}: not weights of `{model}` ({why})") from None
 
 
 def _device(device: Any) -> torch.device:
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No log lines about what the settings already say."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)

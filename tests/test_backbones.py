@@ -188,7 +188,7 @@ def test_a_truncated_missing_or_foreign_file_is_named(tmp_path):
     path = tmp_path / "net.pth"
     torch.save(classifier("glyphnet", None).state_dict(), path)
     path.write_bytes(path.read_bytes()[:100_000])
-    with pytest.raises(LCCoError, match=r"net\.pth.*100,000 bytes.*cut short"):
+    with pytest.raises(LCCoError, match=r"net\.pth: not weights, or cut short"):
         make_backbone("glyphnet", str(path))
     (tmp_path / "net.safetensors").write_bytes(b"\x10\x00\x00")
     with pytest.raises(LCCoError, match=r"net\.safetensors.*cut short"):
@@ -199,12 +199,12 @@ def test_a_truncated_missing_or_foreign_file_is_named(tmp_path):
     with pytest.raises(LCCoError, match="no state dict"):
         make_backbone("resnet18", str(path))
     torch.save(classifier("glyphnet", None).state_dict(), path)
-    with pytest.raises(LCCoError, match="not weights of resnet18: size mismatch for bn1"):
+    with pytest.raises(LCCoError, match="not weights of resnet18.*Missing key"):
         make_backbone("resnet18", str(path))
     torch.save(classifier("resnet18", None).state_dict(), path)
-    with pytest.raises(LCCoError, match=r"not weights of resnet34: `layer1\.2.*is missing"):
+    with pytest.raises(LCCoError, match=r"not weights of resnet34.*Missing key.*layer1\.2"):
         make_backbone("resnet34", str(path))
-    with pytest.raises(LCCoError, match=r"not weights of resnet50: size mismatch for layer1"):
+    with pytest.raises(LCCoError, match="not weights of resnet50.*Missing key"):
         make_backbone("resnet50", str(path))
 
 
