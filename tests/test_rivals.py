@@ -170,7 +170,7 @@ def parts(tmp_path):
     file = tmp_path / "words.txt"
     file.write_text("\n".join(WORDS) + "\n")
     torch.manual_seed(0)
-    features = Features(Tower(), make_backbone("resnet18", None, 4), 64)
+    features = Features(Tower(), make_backbone("glyphnet", None, 4), 64)
     config = SimpleNamespace(vocabulary=str(file), templates=("a photo of a {}.",))
     return features, make_vocabulary(features.tower, config)
 
@@ -270,12 +270,12 @@ def test_clustering_finds_what_stands_out_in_a_set(parts, data):
 def test_clustering_is_the_same_with_a_live_backbone_and_known_by_all_its_stages(parts, data):
     features, words = parts
     torch.manual_seed(0)
-    live = Features(features.tower, make_backbone("resnet18", None, 0), 64)
+    live = Features(features.tower, make_backbone("glyphnet", None, 0), 64)
     frozen, free = make("clustering", parts), make("clustering", (live, words))
     items = list(data.groups["cow"])
     for a, b in zip(frozen.patches(data, items), free.patches(data, items), strict=True):
         torch.testing.assert_close(a, b, atol=0.02, rtol=0.02)  # kept maps are in half precision
-    assert free.made_of["backbone"].removeprefix("resnet18-4-") in features.backbone.identity
+    assert free.made_of["backbone"].removeprefix("glyphnet-4-") in features.backbone.identity
     with torch.no_grad():
         next(live.backbone.stages[3].parameters()).mul_(0.5)
     assert make("clustering", (live, words)).path != free.path
@@ -284,7 +284,7 @@ def test_clustering_is_the_same_with_a_live_backbone_and_known_by_all_its_stages
 # ---------------------------------------------------------------------------------------- weights
 def test_absent_weights_say_so_at_once_and_how_to_get_them(monkeypatch, tmp_path, parts, data):
     monkeypatch.setenv("LCCO_OFFLINE", "1")
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(backbones, "reachable", lambda *a: pytest.fail("touched the network"))
     began = time.monotonic()
     for model, where in HUB.items():
@@ -308,7 +308,7 @@ def test_mistakes_are_named(parts, weights, data):
         rivals(["sam-2"], *parts)
     with pytest.raises(LCCoError, match="SAM: no setting `fil`; there are: points"):
         make("sam", parts, weights, fil="white")
-    with pytest.raises(LCCoError, match="cannot be loaded as AutoModelForMaskGeneration"):
+    with pytest.raises(LCCoError, match="not AutoModelForMaskGeneration, or cut short"):
         list(make("sam", parts, {"sam": weights["clipseg"]})(data, [0], "cow"))
 
 
@@ -340,7 +340,7 @@ def test_each_pipeline_runs_from_images_to_scores(name, parts, weights, data):
     assert record["rival"] == rival.name and record["environment"]["versions"]["torch"]
     now = {"digest": data.digest(), "masks": data.truth_digest()}
     assert record["data"] == {data.name: now}
-    assert set(record["weights"]) == set(rival.models) and rival.path.is_dir()
+    assert set(record["weights"]) == {rival.model} - {""} and rival.path.is_dir()
     assert str(Path(weights["sam"]).parent) not in json.dumps(record)  # no path of this machine
 
 
@@ -355,10 +355,9 @@ def test_scores_are_kept_and_settings_and_data_part_them(parts, data, tmp_path, 
         assert again.evaluate(data, ("ufo",), 3) == first and again.record["data"]
     for file in one.path.glob("*.json"):
         file.write_text("{cut")
-    assert make("clustering", parts, clusters=3).evaluate(data, ("ufo",), 3) == first
+    with pytest.raises(LCCoError, match="damaged; delete it"):
+        one.evaluate(data, ("ufo",), 3)
     assert make("clustering", parts, clusters=4).path != one.path
-    (named,) = rivals(["clustering"], *parts, experiment="0123456789").values()
-    assert named.record["experiment_hash"] == "0123456789"
 
 
 def test_rivals_are_collected_as_runs_are(parts, weights, data, tmp_path, monkeypatch):
@@ -366,7 +365,7 @@ def test_rivals_are_collected_as_runs_are(parts, weights, data, tmp_path, monkey
     from lcco.experiment.tables import collect
 
     monkeypatch.setenv("LCCO_OFFLINE", "1")
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     models = rivals(
         ["sam", "clipseg", "clustering"], *parts, weights={"clipseg": weights["clipseg"]}
     )
@@ -398,7 +397,7 @@ def test_sam_takes_the_class_that_the_set_shares(parts, monkeypatch):
     red, other = drawn.rectangle((0, 0, 20, 32)) == 1, drawn.rectangle((24, 0, 48, 32)) == 1
     sam, empty = make("sam", parts), np.zeros_like(red)  # SAM's empty masks are dropped
     sam.load = lambda: None
-    sam._masks = lambda image, **_: {"masks": [other, red, empty]}
+    sam._net = lambda image, **_: {"masks": [other, red, empty]}
 
     class Pictures:
         def image(self, i):
@@ -455,6 +454,8 @@ class BaseModel:
         return self
 """,
     "utils/__init__.py": "",
+    "detectron2/__init__.py": "",
+    "detectron2/data.py": "class MetadataCatalog:\n    get = staticmethod(str)\n",
     "utils/arguments.py": "def load_opt_from_config_files(f):\n    return {'config': f[0]}\n",
     "utils/constants.py": "COCO_PANOPTIC_CLASSES = ['person', 'cow', 'grass-merged']\n",
     "utils/distributed.py": "def init_distributed(opt):\n    return opt\n",
@@ -482,5 +483,6 @@ def test_seem_runs_through_an_installation_in_its_published_form(
         assert seem.common([], "kow_cow_bull") == "cow"  # no word of it: the nearest by the texts
         assert not np.any(list(seem(data, [0], "person")))  # the true class is not in the picture
     finally:
-        for name in [n for n in sys.modules if n.split(".")[0] in ("modeling", "utils")]:
+        ours = ("modeling", "utils", "detectron2")
+        for name in [n for n in sys.modules if n.split(".")[0] in ours]:
             del sys.modules[name]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -18,6 +16,7 @@ from lcco.common import LCCoError
 from lcco.config import Experiment, Profile
 from lcco.experiment.features import make_features
 from lcco.experiment.predictor import build_model
+from lcco.experiment.runs import environment
 from lcco.experiment.tables import row
 from lcco.semantics import make_vocabulary
 
@@ -50,13 +49,10 @@ def bench(profile: Profile, repeats: int = 5) -> pd.DataFrame:
     e = profile.experiment.replace({"model.weights": None, "tower.weights": None})
     network, n = _Network(e, profile.group_size), profile.group_size
     parameters, flops, seconds = network.parameters(), network.flops(), network.seconds(repeats)
-    gpu = torch.cuda.is_available()
-    here = {
-        "test_set": f"a set of {n} at {e.data.size} px", "images": n, "group_size": n,
-        "protocol": "", "device": torch.cuda.get_device_name() if gpu else "cpu",
-        "platform": f"{platform.system()} {platform.machine()}", "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(), "torch": str(torch.__version__), "repeats": repeats,
-    }  # fmt: skip
+    about = environment()
+    here = {k: about[k] for k in ("device", "platform", "cores", "threads")}
+    here |= {"torch": str(torch.__version__), "repeats": repeats, "protocol": ""}
+    here |= {"test_set": f"a set of {n} at {e.data.size} px", "images": n, "group_size": n}
     floor, rows = seconds[TOWER] + seconds[BACKBONE], []
     for part in PARTS:
         cells = {"parameters": parameters[part] / 1e6, "flops": flops[part] / 1e9}
@@ -74,42 +70,42 @@ class _Network:
         self.features = features = make_features(experiment, device)
         words = make_vocabulary(features.tower, experiment.tower)
         off = {f"model.{name}": False for name in MODULES}
-        size, rng = experiment.data.size, np.random.default_rng(0)
-        noise = rng.integers(0, 256, (images, size, size, 3), np.uint8)
-        pictures = [Image.fromarray(one) for one in noise]
-        x = torch.from_numpy(noise).permute(0, 3, 1, 2).float().div(255).to(device)
         self.base = build_model(experiment.replace(off), features, words).eval().to(device)
         self.full = build_model(experiment, features, words).eval().to(device)
-        embed = lambda: features.tower.encode_images(pictures)[None].to(device)  # noqa: E731
-        h, text = embed(), words.embeddings.to(device)
+        size = experiment.data.size
+        noise = np.random.default_rng(0).integers(0, 256, (images, size, size, 3), np.uint8)
+        self.pictures = [Image.fromarray(one) for one in noise]
+        x = torch.from_numpy(noise).permute(0, 3, 1, 2).float().div(255).to(device)
+        h, text = self.embed(), words.embeddings.to(device)
         self.works: dict[str, Callable[[], Any]] = {
-            TOWER: embed,
+            TOWER: self.embed,
             BACKBONE: lambda: features.backbone(x),
             BASELINE: lambda: self.base(x[None], h, text),
-            LCCO: lambda: self.full(x[None], embed(), text),
+            LCCO: lambda: self.full(x[None], self.embed(), text),
             CACHED: lambda: self.full(x[None], h, text),
         }
-        self.spent: Counter[str] = Counter()
+        self.spent: Counter[str] = Counter()  # by the watched parts of what runs
         self.read: Callable[[], float] = time.perf_counter
-        self._watch(self.base, PATH, ("top_down",))
+        self._watch(self.base, PATH, "top_down")
         for module, (name, methods) in MODULES.items():
-            if getattr(self.full, module) is not None:
-                self._watch(getattr(self.full, module), name, methods)
+            for method in methods if getattr(self.full, module) is not None else ():
+                self._watch(getattr(self.full, module), name, method)
 
-    def _watch(self, module: nn.Module, name: str, methods: tuple[str, ...]) -> None:
-        """Have some methods add what they take to `spent[name]`."""
+    def embed(self) -> torch.Tensor:
+        """The tower's embeddings of the set, [1, N, D]."""
+        return self.features.tower.encode_images(self.pictures)[None].to(self.features.device)
 
-        def watched(method: Callable[..., Any]) -> Callable[..., Any]:
-            def call(*args: Any, **kwargs: Any) -> Any:
-                began = self.read()
-                out = method(*args, **kwargs)
-                self.spent[name] += self.read() - began
-                return out
+    def _watch(self, module: nn.Module, name: str, method: str) -> None:
+        """Have a method add what it takes to `spent[name]`."""
+        plain = getattr(module, method)
 
-            return call
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            began = self.read()
+            out = plain(*args, **kwargs)
+            self.spent[name] += self.read() - began
+            return out
 
-        for method in methods:
-            setattr(module, method, watched(getattr(module, method)))
+        setattr(module, method, watched)
 
     @torch.no_grad()
     def measure(self, read: Callable[[], float]) -> Counter[str]:
@@ -120,11 +116,12 @@ class _Network:
             began = read()
             work()
             found[name] = read() - began
-            found.update({part: v for part, v in self.spent.items() if name in (BASELINE, CACHED)})
+            if name in (BASELINE, CACHED):
+                found.update(self.spent)
         return found
 
     def parameters(self) -> Counter[str]:
-        """Parameters of each part."""
+        """How many each part has."""
         net = getattr(self.features.tower, "_net", None)
         parts = {TOWER: getattr(net, "visual", net), BACKBONE: self.features.backbone}
         parts |= {BASELINE: self.base, CACHED: self.full}

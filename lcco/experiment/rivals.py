@@ -10,23 +10,25 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from functools import cache, cached_property, lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from pycocotools import mask as rle
+from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional as F
 
 from lcco import backbones
-from lcco.common import LCCoError, Missing, digest, file_digest, one_line, place
+from lcco.common import LCCoError, Missing, digest, file_digest, place
 from lcco.data import CoSegData
 from lcco.experiment.evaluate import CHOICE, Evaluation, evaluate_all, evaluate_choice
 from lcco.experiment.features import Features
 from lcco.semantics import Vocabulary, prompts, target_word, vocabulary
-from lcco.store import kept
+from lcco.store import read_json, write_json
 
 # A commit pins what a row measured; the models' pages tell under which terms they are given.
 HUB = {
@@ -34,10 +36,7 @@ HUB = {
     "sam3": "facebook/sam3@3c879f39826c281e95690f02c7821c4de09afae7",
     "clipseg": "CIDAS/clipseg-rd64-refined@999e0328d9e10b484360c477313983f9afdd7050",
 }
-SEEM_HOW = (
-    "SEEM is on no package index: put its checkout and its requirements on PYTHONPATH, and name "
-    "its weights file (seem_focall_v1.pt or seem_focalt_v2.pt)"
-)
+SEEM_HOW = "put SEEM's checkout and its requirements on PYTHONPATH, and name its weights file"
 KEPT = 256  # pictures whose findings stay in memory, so that two protocols share them
 FORM = 2  # raise it when masks change, so that no old score is taken for a new one
 
@@ -52,71 +51,37 @@ def find_weights(model: str, where: str | None = None) -> Path:
     path, (repo, _, commit) = Path(where).expanduser(), where.partition("@")
     if where and path.exists():
         return path
-    if not commit:
-        how = f"there is no {path}; name a local folder, or `repository@commit` of the hub"
-        raise Missing("weights", path.name or model, SEEM_HOW if model == "seem" else how)
-    try:
-        return _snapshot(repo, commit, local_files_only=True)
-    except Exception:  # not in the cache; the hub has many exceptions for it
-        how = f"`hf download {repo} --revision {commit}`, or name a local folder"
-        page = "https://huggingface.co"
-        return backbones.fetch(repo, page, how, lambda: _snapshot(repo, commit))
-
-
-def _snapshot(repo: str, commit: str, **how: Any) -> Path:
-    """A repository's folder in the hub's cache; the older form of weights where it has no other."""
-    from huggingface_hub import snapshot_download
-
-    for kind in ("*.safetensors", "pytorch_model*.bin"):
-        wanted = ["*.json", "*.txt", kind]
-        folder = Path(snapshot_download(repo, revision=commit, allow_patterns=wanted, **how))
-        if any(folder.glob(kind)):
-            return folder
-    raise FileNotFoundError(repo)
-
-
-def _fingerprint(path: Path) -> str:
-    """A hash of a model folder's settings and weights, or of a file."""
-    kinds = (".json", ".safetensors", ".bin")
-    files = sorted(f for f in path.glob("*") if f.suffix in kinds) if path.is_dir() else [path]
-    return digest([[f.name, file_digest(f)] for f in files])
+    if commit:
+        kinds = "*.safetensors", "pytorch_model*.bin"
+        return backbones.hub_file(repo, *kinds, commit=commit).parent
+    how = f"there is no {path}; name a local folder, or `repository@commit` of the hub"
+    raise Missing("weights", path.name or model, SEEM_HOW if model == "seem" else how)
 
 
 def _load(kind: str, folder: Path, device: torch.device) -> Any:
-    """A transformers model (or processor) from a local folder.
-
-    Raises: LCCoError for a folder of something else, and for weights that lack parameters, which
-    transformers would fill with random numbers.
-    """
+    """A transformers model (or processor) from a local folder."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    auto = getattr(transformers, kind)
-    try:
+    make = getattr(transformers, kind).from_pretrained
+    with backbones.reading(folder, kind):
         if "Processor" in kind:
-            return auto.from_pretrained(folder, local_files_only=True)
-        model, info = auto.from_pretrained(folder, output_loading_info=True, local_files_only=True)
-    except Exception as error:  # each format has its own exceptions for the same mishap
-        why = f"{type(error).__name__}: {one_line(error)[:120]}"
-        raise LCCoError(f"{folder}: cannot be loaded as {kind} ({why})") from None
-    if lacking := sorted(set(info["missing_keys"]) & dict(model.named_parameters()).keys()):
-        what = f"`{lacking[0]}` is missing ({len(lacking)})"
-        raise LCCoError(f"{folder}: not weights of {type(model).__name__}: {what}")
+            return make(folder, local_files_only=True)
+        model, info = make(folder, output_loading_info=True, local_files_only=True)
+        # transformers would fill them with random numbers
+        if lacking := sorted(set(info["missing_keys"]) & dict(model.named_parameters()).keys()):
+            raise LookupError(f"`{lacking[0]}` is missing")
     return model.eval().requires_grad_(False).to(device)
 
 
 # ------------------------------------------------------------------------------- masks and classes
 def pack(mask: np.ndarray) -> dict[str, Any]:
     """A boolean mask [H, W] as COCO's run-length code, some kB, so that masks never pile up."""
-    from pycocotools import mask as rle
-
     return rle.encode(np.asfortranarray(mask, np.uint8))
 
 
 def unpack(code: dict[str, Any]) -> np.ndarray:
     """The mask of a code as uint8 [H, W]."""
-    from pycocotools import mask as rle
-
     return rle.decode(code)
 
 
@@ -125,8 +90,6 @@ def boxes_of(mask: np.ndarray, least: float = 5e-4) -> list[list[float]]:
 
     Specks below a share `least` of the picture get no box, unless nothing larger is there.
     """
-    from scipy import ndimage
-
     labels, n = ndimage.label(mask, np.ones((3, 3)))
     areas = np.bincount(labels.ravel(), minlength=n + 1)[1:]
     keep = [k for k in range(n) if areas[k] >= least * mask.size] or areas.argsort()[-1:]
@@ -168,37 +131,33 @@ def vote_panoptic(images: Sequence[Mapping[str, float]]) -> str | None:
 class Rival:
     """A co-segmenter without training on the task: `rival(data, items, cls)` yields masks [h, w].
 
-    defaults: its settings, all our reading where the paper is silent. models: whose weights it
-    needs. semantic: whether it uses tower and vocabulary. truth: whether it looks at the truth.
+    model: whose weights it needs; kinds: transformers' classes of its network and its processor.
+    defaults: its settings, all our reading where the paper is silent. semantic: whether it uses
+    tower and vocabulary. truth: whether it looks at the truth.
     """
 
-    name = ""
-    models: tuple[str, ...] = ()
+    name, model = "", ""
+    kinds: tuple[str, ...] = ()
     semantic, truth = True, False
     defaults: dict[str, Any] = {}
 
     def __init__(
         self, features: Features, words: Vocabulary, weights: Mapping[str, str],
-        settings: Mapping[str, Any], experiment: str | None,
+        settings: Mapping[str, Any],
     ) -> None:  # fmt: skip
-        self.features, self.words, self.weights = features, words, weights
-        self.settings, self.experiment = self.defaults | dict(settings), experiment
         if unknown := settings.keys() - self.defaults.keys():
             known = ", ".join(self.defaults)
             raise LCCoError(f"{self.name}: no setting `{min(unknown)}`; there are: {known}")
-        self.device = torch.device(features.device)
+        self.features, self.words, self.weights = features, words, weights
+        self.settings, self.device = self.defaults | dict(settings), torch.device(features.device)
         self.scored: dict[str, Any] = {"data": {}}
+        self._net = self._read = None
         self._look: Callable[..., Any] | None = None
 
     def load(self) -> None:
-        """Load the models. Raises: Missing for what is not here."""
-
-    def look(self, data: CoSegData, i: int, cls: str) -> Any:
-        """What the model finds in one picture, in a compact form."""
-
-    def choose(self, found: Sequence[Any], cls: str) -> Iterator[np.ndarray]:
-        """The masks of a set, one at a time, from what was found in its pictures."""
-        raise NotImplementedError
+        """Load network and processor. Raises: Missing for what is not here."""
+        if self.kinds:
+            self._net, self._read = (_load(k, self.folder, self.device) for k in self.kinds)
 
     def __call__(self, data: CoSegData, items: Sequence[int], cls: str) -> Iterator[np.ndarray]:
         if self._look is None:
@@ -207,21 +166,35 @@ class Rival:
         yield from self.masks(data, items, cls)
 
     def masks(self, data: CoSegData, items: Sequence[int], cls: str) -> Iterator[np.ndarray]:
-        """The masks of a set, by models that are loaded."""
+        """The masks of a set, one at a time, by models that are loaded."""
         yield from self.choose([self._look(data, i, cls if self.truth else "") for i in items], cls)
 
-    def folder(self, model: str) -> Path:
-        """Where a model's weights are. Raises: Missing."""
-        return find_weights(model, self.weights.get(model))
+    def look(self, data: CoSegData, i: int, cls: str) -> Any:
+        """What the model finds in one picture, in a compact form."""
+
+    def choose(self, found: Sequence[Any], cls: str) -> Iterator[np.ndarray]:
+        """The masks of a set from what was found in its pictures."""
+
+    def probabilities(self, embeddings: Tensor) -> np.ndarray:
+        """Embeddings [n, D] → each one's probabilities over the vocabulary, float32 [n, P]."""
+        scale = self.features.tower.logit_scale
+        return (scale * embeddings @ self.words.embeddings.T).softmax(-1).numpy()
+
+    @cached_property
+    def folder(self) -> Path:
+        """Where its weights are. Raises: Missing."""
+        return find_weights(self.model, self.weights.get(self.model))
 
     @cached_property
     def made_of(self) -> dict[str, Any]:
         """What decides the masks. Raises: Missing without the weights."""
         out = {"rival": self.name, "form": FORM, "settings": self.settings, "weights": {}}
-        for model in self.models:
-            path, pinned = self.folder(model), HUB.get(model, "")
-            source = pinned if pinned.endswith(f"@{path.name}") else path.name
-            out["weights"][model] = {"from": source, "sha256": _fingerprint(path)}
+        if self.model:
+            at, pinned = self.folder, HUB.get(self.model, "")
+            files = [f for f in at.glob("*") if f.suffix in (".json", ".safetensors", ".bin")]
+            sums = [[f.name, file_digest(f)] for f in (sorted(files) if at.is_dir() else [at])]
+            source = pinned if pinned.endswith(f"@{at.name}") else at.name
+            out["weights"][self.model] = {"from": source, "sha256": digest(sums)}
         if self.semantic:
             out |= {"tower": self.features.tower.identity, "vocabulary_hash": self.words.hash}
             out |= {"templates": list(self.words.templates)}
@@ -236,7 +209,7 @@ class Rival:
     @property
     def record(self) -> dict[str, Any]:
         """What decides the masks; and the data, machine and versions behind the scores given."""
-        return self.made_of | {"experiment_hash": self.experiment} | self.scored
+        return self.made_of | self.scored
 
     def evaluate(
         self, test: CoSegData, protocols: Sequence[str], group_size: int = 5
@@ -245,37 +218,25 @@ class Rival:
 
         Raises: Missing for absent weights.
         """
-        end = f"{group_size}-{digest(test.identity(), 10)}.json"
-        files = {p: self.path / f"{test.name}-{p}-{end}".replace("/", "_") for p in protocols}
-        missing = [p for p in files if not files[p].is_file()]
-        score = cache(lambda *names: self._score(test, names, group_size))
-        found = {  # what is missing in one pass; a damaged file alone
-            p: kept(file, lambda p=p: score(*(missing if p in missing else [p]))[p])
-            for p, file in files.items()
-        }
-        for name in [n for n in vars(self) if n.startswith("_")]:
-            setattr(self, name, None)  # the models' memory is free for the next rival
-        more = ("masks", "environment")
-        for value in found.values():
-            self.scored["data"][test.name] = {k: value[k] for k in ("digest", "masks")}
-            self.scored["environment"] = value["environment"]
-        return {p: Evaluation(**{k: v for k, v in value.items() if k not in more})
-                for p, value in found.items()}  # fmt: skip
-
-    def _score(self, test: CoSegData, protocols: Sequence[str], group_size: int) -> dict[str, Any]:
         from lcco.experiment.runs import environment
 
-        plain = [p for p in protocols if p not in CHOICE]
-        found = evaluate_all(self, test, plain, group_size) if plain else {}
-        if len(plain) < len(protocols):
-            found |= evaluate_choice(self, test, group_size)
-        by = {"masks": test.truth_digest(), "environment": environment()}
-        return {p: asdict(found[p]) | by for p in protocols}
-
-    def probabilities(self, embeddings: Tensor) -> np.ndarray:
-        """Embeddings [n, D] → each one's probabilities over the vocabulary, float32 [n, P]."""
-        scale = self.features.tower.logit_scale
-        return (scale * embeddings @ self.words.embeddings.T).softmax(-1).numpy()
+        end = f"{group_size}-{digest(test.identity(), 10)}.json"
+        files = {p: self.path / f"{test.name}-{p}-{end}".replace("/", "_") for p in protocols}
+        if missing := [p for p in files if not files[p].is_file()]:
+            plain = [p for p in missing if p not in CHOICE]
+            found = evaluate_all(self, test, plain, group_size) if plain else {}
+            if len(plain) < len(missing):
+                found |= evaluate_choice(self, test, group_size)
+            self._net = self._read = self._look = None  # the memory is free for the next rival
+            by = {"masks": test.truth_digest(), "environment": environment()}
+            for p in missing:
+                write_json(files[p], asdict(found[p]) | by)
+        stored = {p: read_json(file) for p, file in files.items()}
+        for value in stored.values():
+            by = {"digest": value["digest"], "masks": value.pop("masks")}
+            self.scored["data"][test.name] = by
+            self.scored["environment"] = value.pop("environment")
+        return {p: Evaluation(**value) for p, value in stored.items()}
 
 
 # ---------------------------------------------------------------------------------------------- SAM
@@ -286,7 +247,8 @@ class Sam(Rival):
     Deviation: the paper names SAM, CLIP and no more; how they work together is our reading.
     """
 
-    name, models = "SAM", ("sam",)
+    name, model = "SAM", "sam"
+    kinds = "AutoModelForMaskGeneration", "AutoImageProcessor"
     defaults = {
         "points": 32, "batch": 64,  # a side of the grid of prompts; prompts at once
         "pred_iou_thresh": 0.88, "stability_score_thresh": 0.95,  # SAM's own
@@ -295,17 +257,15 @@ class Sam(Rival):
     def load(self) -> None:
         from transformers import pipeline
 
-        model = _load("AutoModelForMaskGeneration", self.folder("sam"), self.device)
-        read = _load("AutoImageProcessor", self.folder("sam"), self.device)
-        how = {"model": model, "image_processor": read, "device": self.device}
-        self._masks = pipeline("mask-generation", **how)
+        super().load()
+        how = {"model": self._net, "image_processor": self._read, "device": self.device}
+        self._net = pipeline("mask-generation", **how)
 
     def look(self, data: CoSegData, i: int, cls: str) -> tuple[list, np.ndarray, tuple[int, int]]:
-        s, image = self.settings, data.image(i)
-        grid = {"points_per_crop": s["points"], "points_per_batch": s["batch"]}
-        least = {k: s[k] for k in ("pred_iou_thresh", "stability_score_thresh")}
+        image, how = data.image(i), dict(self.settings)
+        grid = {"points_per_crop": how.pop("points"), "points_per_batch": how.pop("batch")}
         try:
-            masks = [np.asarray(m, bool) for m in self._masks(image, **grid, **least)["masks"]]
+            masks = [np.asarray(m, bool) for m in self._net(image, **grid, **how)["masks"]]
         except IndexError:  # the pipeline's answer to a picture in which no mask passes
             masks = []
         masks, pixels = [m for m in masks if m.any()], np.asarray(image)
@@ -315,18 +275,14 @@ class Sam(Rival):
     def choose(self, found: Sequence[Any], cls: str) -> Iterator[np.ndarray]:
         common = vote_class([scores for _, scores, _ in found])
         for codes, scores, size in found:
-            best = int(scores[:, common].argmax()) if codes else None
-            yield np.zeros(size, np.uint8) if best is None else unpack(codes[best])
+            yield unpack(codes[scores[:, common].argmax()]) if codes else np.zeros(size, np.uint8)
 
 
 class SamGT(Rival):
     """SAM prompted with the boxes of the true objects: its upper bound for this task."""
 
-    name, models, semantic, truth = "SAM GT", ("sam",), False, True
-
-    def load(self) -> None:
-        self._model = _load("AutoModelForMaskGeneration", self.folder("sam"), self.device)
-        self._processor = _load("AutoProcessor", self.folder("sam"), self.device)
+    name, model, semantic, truth = "SAM GT", "sam", False, True
+    kinds = "AutoModelForMaskGeneration", "AutoProcessor"
 
     def look(self, data: CoSegData, i: int, cls: str) -> dict[str, Any]:
         return pack(self.prompted(data.image(i), boxes_of(data.mask(i, [cls]) == 1)))
@@ -339,11 +295,11 @@ class SamGT(Rival):
         """The union of the masks of some boxes [x0, y0, x1, y1] in pixels, bool [H, W]."""
         if not boxes:
             return np.zeros(image.size[::-1], bool)
-        given = self._processor(images=image, input_boxes=[boxes], return_tensors="pt")
+        given = self._read(images=image, input_boxes=[boxes], return_tensors="pt")
         sizes = given.pop("original_sizes"), given.pop("reshaped_input_sizes")
         given["input_boxes"] = given["input_boxes"].float()
-        found = self._model(**given.to(self.device), multimask_output=False).pred_masks
-        masks = self._processor.post_process_masks(found.cpu(), *sizes)[0]
+        found = self._net(**given.to(self.device), multimask_output=False).pred_masks
+        masks = self._read.post_process_masks(found.cpu(), *sizes)[0]
         return masks.flatten(0, 1).any(0).numpy()
 
 
@@ -357,47 +313,38 @@ class Seem(Rival):
     Deviation: the paper does not say how a tie ends (by area here), nor that only things vote.
     """
 
-    name, models, semantic = "SEEM", ("seem",), False
+    name, model, semantic = "SEEM", "seem", False
     defaults = {"config": "configs/seem/focall_unicl_lang_v1.yaml", "side": 512}  # as in its demo
 
     def load(self) -> None:
         try:
             import modeling
-            from modeling import build_model
+            from detectron2.data import MetadataCatalog
             from modeling.BaseModel import BaseModel
             from utils.arguments import load_opt_from_config_files
-            from utils.constants import COCO_PANOPTIC_CLASSES
+            from utils.constants import COCO_PANOPTIC_CLASSES as names
             from utils.distributed import init_distributed
         except ImportError as error:
             raise Missing("weights", "SEEM", f"{SEEM_HOW} ({error})") from None
         config = Path(modeling.__file__).resolve().parents[1] / self.settings["config"]
         options = init_distributed(load_opt_from_config_files([str(config)]))
-        net = BaseModel(options, build_model(options)).from_pretrained(str(self.folder("seem")))
-        self._model = net.eval().to(self.device).model
-        words = [*COCO_PANOPTIC_CLASSES, "background"]
+        whole = BaseModel(options, modeling.build_model(options)).from_pretrained(str(self.folder))
+        net = self._net = whole.eval().to(self.device).model
         with torch.no_grad():
-            encoder = self._model.sem_seg_head.predictor.lang_encoder
-            encoder.get_text_embeddings(words, is_eval=True)
-        for task in ("spatial", "visual", "grounding", "audio"):
-            self._model.task_switch[task] = False
-        try:
-            from detectron2.data import MetadataCatalog
-
-            self._model.metadata = MetadataCatalog.get("coco_2017_train_panoptic")
-        except ImportError:  # a form of SEEM that brings its own metadata
-            pass
-        names = COCO_PANOPTIC_CLASSES
+            encoder = net.sem_seg_head.predictor.lang_encoder
+            encoder.get_text_embeddings([*names, "background"], is_eval=True)
+        net.task_switch |= dict.fromkeys(("spatial", "visual", "grounding", "audio"), False)
+        net.metadata = MetadataCatalog.get("coco_2017_train_panoptic")
         self._classes = [re.sub("-(other|merged|stuff)", "", name) for name in names]
 
     @torch.no_grad()
     def look(self, data: CoSegData, i: int, cls: str) -> tuple[dict[str, Any], tuple[int, int]]:
         image = data.image(i)
-        (width, height), side = image.size, self.settings["side"]
-        scale = side / min(width, height)
-        size = round(width * scale), round(height * scale)
-        small = image.resize(size, Image.Resampling.BICUBIC)
-        pixels = torch.from_numpy(np.array(small)).permute(2, 0, 1).to(self.device)
-        found = self._model.evaluate([{"image": pixels, "height": height, "width": width}])
+        scale = self.settings["side"] / min(image.size)
+        (width, height), size = image.size, [round(scale * n) for n in image.size]
+        small = np.array(image.resize(size, Image.Resampling.BICUBIC))
+        pixels = torch.from_numpy(small).permute(2, 0, 1).to(self.device)
+        found = self._net.evaluate([{"image": pixels, "height": height, "width": width}])
         panoptic, listed = found[-1]["panoptic_seg"]
         panoptic, shown = panoptic.cpu().numpy(), {}
         for segment in (s for s in listed if s["isthing"]):
@@ -453,18 +400,14 @@ class _Voted(Rival):
 class Sam3(_Voted):
     """SAM 3 asked for the voted class by name: the union of the instances it finds."""
 
-    name, models = "SAM 3", ("sam3",)
+    name, model, kinds = "SAM 3", "sam3", ("Sam3Model", "Sam3Processor")
     defaults = {"threshold": 0.5, "mask_threshold": 0.5}  # of an instance, of a mask's pixel
-
-    def load(self) -> None:
-        self._model = _load("Sam3Model", self.folder("sam3"), self.device)
-        self._processor = _load("Sam3Processor", self.folder("sam3"), self.device)
 
     @torch.no_grad()
     def ask(self, image: Image.Image, word: str) -> np.ndarray:
-        given = self._processor(images=image, text=word, return_tensors="pt").to(self.device)
-        found = self._processor.post_process_instance_segmentation(
-            self._model(**given), target_sizes=[image.size[::-1]], **self.settings
+        given = self._read(images=image, text=word, return_tensors="pt").to(self.device)
+        found = self._read.post_process_instance_segmentation(
+            self._net(**given), target_sizes=[image.size[::-1]], **self.settings
         )[0]["masks"]
         return found.cpu().bool().any(0).numpy() if len(found) else np.zeros(image.size[::-1])
 
@@ -472,17 +415,13 @@ class Sam3(_Voted):
 class ClipSeg(_Voted):
     """CLIPSeg asked for the voted class by name: its map of probabilities."""
 
-    name, models = "CLIPSeg", ("clipseg",)
-
-    def load(self) -> None:
-        folder = self.folder("clipseg")
-        self._model = _load("CLIPSegForImageSegmentation", folder, self.device)
-        self._processor = _load("CLIPSegProcessor", folder, self.device)
+    name, model = "CLIPSeg", "clipseg"
+    kinds = "CLIPSegForImageSegmentation", "CLIPSegProcessor"
 
     @torch.no_grad()
     def ask(self, image: Image.Image, word: str) -> np.ndarray:
-        given = self._processor(images=[image], text=[word], padding=True, return_tensors="pt")
-        logits = self._model(**given.to(self.device)).logits
+        given = self._read(images=[image], text=[word], padding=True, return_tensors="pt")
+        logits = self._net(**given.to(self.device)).logits
         return logits.sigmoid().reshape(logits.shape[-2:]).cpu().numpy()
 
 
@@ -517,10 +456,8 @@ class Clustering(Rival):
         net = self.features.backbone.to(self.device)
         mode = net.training
         net.eval()
-        if maps:
-            maps = net.tail([m.to(self.device).float() for m in maps])
-        else:
-            maps = net(images.to(self.device))
+        known = [m.to(self.device).float() for m in maps or ()]
+        maps = net.tail(known) if known else net(images.to(self.device))
         net.train(mode)
         grid = [self.settings["finer"] * n for n in maps[2].shape[-2:]]
         chosen = maps[self.settings["stage"] - 1].float().cpu()
@@ -621,13 +558,12 @@ RIVALS: dict[str, type[Rival]] = {  # in the order of Table 5; LCCo's rows stand
 def rivals(
     names: Sequence[str], features: Features, words: Vocabulary, *,
     weights: Mapping[str, str] | None = None,
-    settings: Mapping[str, Mapping[str, Any]] | None = None, experiment: str | None = None,
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Rival]:  # fmt: skip
     """Row of Table 5 → its rival, for names in `RIVALS`; nothing is loaded yet.
 
     weights: model ("sam", "sam3", "clipseg", "seem") → a local path, or `repository@commit`.
-    settings: of some rivals, in the place of their `defaults`. experiment: the hash of the
-    experiment that features and words come from, for the records.
+    settings: of some rivals, in the place of their `defaults`.
     Raises: LCCoError for an unknown rival or setting.
     """
     weights, settings, out = dict(weights or {}), dict(settings or {}), {}
@@ -637,5 +573,5 @@ def rivals(
     for name in names:
         own = CHOSEN.get(features.backbone.name, {}) if name == "clustering" else {}
         own = own | dict(settings.get(name, {}))
-        out[RIVALS[name].name] = RIVALS[name](features, words, weights, own, experiment)
+        out[RIVALS[name].name] = RIVALS[name](features, words, weights, own)
     return out
