@@ -241,6 +241,13 @@ def test_masks_of_every_kind_are_grey(tmp_path: Path) -> None:
         read_labels(tmp_path / "rgb.png")
 
 
+def test_a_squared_mask_has_no_value_that_it_had_not():
+    """An average of background and void would be a value of neither."""
+    mask = np.random.default_rng(0).choice(np.array([0, 1, 255], np.uint8), (37, 53))
+    for crop in (None, (0.1, 0.2, 0.7, 0.9)):
+        assert set(np.unique(mask_square(mask, 24, crop))) == {0, 1, 255}
+
+
 def test_squares_move_mask_with_image() -> None:
     picture, mask = drawn.picture(0), drawn.rectangle()
     image, square = load_square(picture, 24), mask_square(mask, 24)

@@ -108,6 +108,24 @@ def test_paired_groups_are_decided_by_the_set_alone() -> None:
     assert all(len(draw.classes) == 1 for draw in plain)  # no pair anywhere: plain groups
 
 
+def test_a_pair_that_cannot_be_mended_is_drawn_again() -> None:
+    """Two images that share a second class, whose replacement shares another one."""
+    data = Toy(["abc"] * 4 + ["abd", "acd", "ae"])
+    sampler = _sampler(data, paired=1.0, group_size=2)
+    found = [draw for s in range(100) for draw in sampler.draws(s)]
+    assert all(len(draw.classes) == 1 for draw in found)
+
+
+def test_an_absent_image_has_no_pixel_of_the_class() -> None:
+    """A class in a corner: too small for its group, and yet not absent."""
+    data = Toy(["a"] * 4 + ["b"] * 4)
+    shown = {i: data.classes_of(i) | ({"a"} if i < 7 else set()) for i in range(8)}
+    data.labels_of = shown.__getitem__
+    draws = [d for s in range(50) for d in _sampler(data, absent=1.0).draws(s)]
+    odd = {i for d in draws if d.classes == ("a",) for i in d.items if i > 3}
+    assert odd == {7}
+
+
 def test_absent_replaces_one_image_by_one_without_the_class() -> None:
     draws = [draw for s in range(300) for draw in _sampler(absent=0.5).draws(s)]
     lacking = [sum(not set(draw.classes) & TOY.labels_of(i) for i in draw.items) for draw in draws]
