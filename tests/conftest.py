@@ -1,4 +1,4 @@
-"""Every test has its own cache and run folders; real photographs are used only when LCCO_DATA names them."""
+"""Every test has its own cache and runs; photographs are used where LCCO_DATA names them."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from statistics import fmean
@@ -76,7 +77,9 @@ def embed(profile: Profile, notebooks: list[str], out: Path) -> None:
     from lcco.experiment.runs import load_tests, training_data
     from lcco.experiment.train import v_gt_source
 
-    for job in all_jobs(profile, notebooks):
+    jobs = all_jobs(profile, notebooks)
+    backgrounds = Counter(job.experiment.loss.mask_background for job in jobs)
+    for job in jobs:
         e = job.experiment
         try:
             data, holdout = training_data(e)
@@ -85,6 +88,8 @@ def embed(profile: Profile, notebooks: list[str], out: Path) -> None:
             print(missing.status, flush=True)
             continue
         background = e.loss.mask_background if v_gt_source(e) == "tower" else None
+        if backgrounds[background] < 2:  # of one training alone: done there, beside others
+            background = None
         features.prepare(data, flip=e.data.flip, background=background)
         tests = load_tests(profile, dict.fromkeys(s.test for s in job.scores))
         for test in (holdout, *tests.values()):

@@ -102,8 +102,8 @@ def needs(notebook: str, profile: Profile) -> list[Job]:
     each = product(set_sizes(p), p.ablation_tests)
     sizes = [Score(test, p.protocols[:1], size) for size, test in each]
     plan: dict[str, tuple[Variants, Sequence[int], Sequence[Score]]] = {
-        "00": (lcco, p.seeds[:1], ()),
-        "method": (lcco, p.seeds[:1], ()),
+        "00": ({}, (), ()),
+        "method": ({}, (), ()),
         "01": (MAIN, p.seeds, main),
         "02": (component_variants(), p.ablation_seeds, fewer + choice),
         "03": (LOSSES, p.ablation_seeds, fewer + choice),

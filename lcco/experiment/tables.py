@@ -150,8 +150,8 @@ def with_paper(rows: pd.DataFrame) -> pd.DataFrame:
     own, on = rows.drop(columns=PRINTED), ["row"]
     printed = _printed(table).rename(columns={"train_set": "kind"})
     if table == "table1_main":
-        on, kinds = ["row", "test_set", "kind"], {"coco": "COCO", "voc": "PASCAL"}
-        trained = own["train_set"].astype(str).str.extract("(coco|voc|pascal)")[0]
+        on, kinds = ["row", "test_set", "kind"], {"coco_seg": "COCO", "voc": "PASCAL"}
+        trained = own["train_set"].astype(str).str.extract("(coco_seg|voc|pascal)")[0]
         own["kind"] = trained.replace(kinds | {"pascal": "PASCAL"})
         printed["test_set"] = printed["paper_test_set"]
     out = own.merge(printed[[*dict.fromkeys([*on, *PRINTED])]], how="left", on=on)
@@ -233,6 +233,9 @@ class Table:
     unit: str = "In per cent"  # "": no scores, so nothing is best and the notes are `notes` alone
     notes: Sequence[str] = ()
     runs: Mapping[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"<Table {self.name}: {len(self.rows)} rows>"
 
     def __post_init__(self) -> None:
         self.footnotes: dict[str, list[str]] = {}  # text → names for its brackets
