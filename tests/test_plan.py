@@ -48,8 +48,7 @@ def test_what_notebooks_need(profile):
     assert len(plan.needs("02", p)) == 8 * len(p.ablation_seeds)
     assert {j.experiment.model.k for j in plan.needs("04", p)} == {1, 3, 5, 7, 9}
     assert {s.group_size for s in plan.needs("05", p)[0].scores} == set(plan.set_sizes(p))
-    assert plan.needs("08", p) == []
-    assert plan.needs("method", p)[0].experiment == p.experiment.replace(seed=p.seeds[0])
+    assert not any(plan.needs(n, p) for n in ("00", "08", "method"))
     with pytest.raises(LCCoError, match="no notebook `11`; there are: 00, method, 01"):
         plan.needs("11", p)
 
