@@ -1,28 +1,22 @@
 """LCCo: lending CLIP to co-segmentation. `import lcco` loads nothing heavy."""
 
+from importlib import import_module
 from typing import Any
 
 __version__ = "0.2.0"
 
-_HOME = {  # public name → the room that it lives in, loaded at its first use
-    "LCCo": "model",
-    "LCCoError": "common",
-    "Missing": "common",
-    "Experiment": "config",
-    "load_profile": "config",
-    "load_data": "data",
-    "make_tower": "semantics",
-    "get_run": "experiment.runs",
-    "open_run": "experiment.runs",
-    "cosegment": "cosegment",
-    "cosegment_folder": "cosegment",
-}
+_HOME = {  # public name → its module, loaded at first use
+    "LCCo": "model", "LCCoError": "common", "Missing": "common",
+    "Experiment": "config", "load_profile": "config",
+    "load_data": "data", "make_tower": "semantics",
+    "get_run": "experiment.runs", "open_run": "experiment.runs",
+    "cosegment": "cosegmentation", "cosegment_folder": "cosegmentation",
+    "load_segmenter": "cosegmentation",
+}  # fmt: skip
 __all__ = ["__version__", *_HOME]
 
 
 def __getattr__(name: str) -> Any:
-    from importlib import import_module
-
     if name not in _HOME:
         raise AttributeError(f"module 'lcco' has no attribute {name!r}")
     return getattr(import_module(f"lcco.{_HOME[name]}"), name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
-from lcco.common import LCCoError, duration, one_line
+import lcco
+from lcco.common import LCCoError, Missing, duration, one_line
 
 if TYPE_CHECKING:
-    from lcco.config import Experiment, Profile
-    from lcco.experiment.runs import Run
+    from lcco.config import Experiment
 
 plain: dict[str, Any] = {"no_args_is_help": True, "rich_markup_mode": None}
 app = typer.Typer(
@@ -31,41 +32,28 @@ Text = str | None
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; a user's mistake is one line on stderr and exit 2, an interruption 130."""
     for stream in (sys.stdout, sys.stderr):  # not every terminal can print every file name
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-    code, said = 2, ""
+        stream.reconfigure(errors="backslashreplace")
+    code = 2
     try:
-        code = typer.main.get_command(app).main(argv, "lcco", standalone_mode=False) or 0
-        if code == 130:
-            said = "interrupted; give the same command again and it goes on"
+        typer.main.get_command(app).main(argv, "lcco")
+    except SystemExit as end:
+        if end.code != 130:
+            return end.code
+        code, said = 130, "interrupted; give the same command again and it goes on"
     except LCCoError as error:
         said = str(error)
     except OSError as error:
-        parts = [error.filename, error.strerror] if error.strerror else [error]
-        said = ": ".join(str(p) for p in parts if p) or type(error).__name__
-    except Exception as error:
-        if not hasattr(error, "exit_code"):  # else it is typer's, of a wrong usage
-            raise
-        error.show()
-        return error.exit_code
-    if said:
-        print(f"lcco: {one_line(said)}", file=sys.stderr)
-    return int(code)
+        said = error.strerror or str(error) or type(error).__name__
+        said = f"{error.filename}: {said}" if error.filename else said
+    print(f"lcco: {one_line(said)}", file=sys.stderr)
+    return code
 
 
-def _version(asked: bool) -> None:
-    from lcco import __version__
-
-    if asked:
-        print(f"lcco {__version__}")
+@app.callback(invoke_without_command=True)
+def _lcco(version: Annotated[bool, Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(f"lcco {lcco.__version__}")
         raise typer.Exit
-
-
-@app.callback()
-def _lcco(
-    version: Annotated[bool, Option("--version", callback=_version, help="Say it.")] = False,
-) -> None:
-    pass
 
 
 @data_app.command("check")
@@ -94,13 +82,12 @@ def _changed(experiment: Experiment, pairs: Sequence[str]) -> Experiment:
         key, equals, text = pair.partition("=")
         if not equals:
             raise LCCoError(f"--set {pair}: must be key=value")
-        try:
+        with contextlib.suppress(yaml.YAMLError):
             value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            value = text
-        names = isinstance(own.get(key), list) and key != "model.strides"
-        is_text = isinstance(own.get(key), str) or names  # then 007 and 2024_05 stay text
-        changes[key] = text if is_text and not isinstance(value, list | None) else value
+            text_due = isinstance(own.get(key), str | list) and key != "model.strides"
+            if isinstance(value, list | None) or not text_due:  # else 007, 2024_05 stay text
+                text = value
+        changes[key] = text
     return experiment.replace(changes)
 
 
@@ -114,7 +101,7 @@ def train(
 ) -> None:  # fmt: skip
     """Train the experiment of a profile; an interrupted training goes on."""
     from lcco.config import load_profile
-    from lcco.experiment.runs import estimate, get_run
+    from lcco.experiment.runs import estimate, get_run, load_tests
 
     chosen = load_profile(profile)
     experiment = _changed(chosen.experiment, settings or ())
@@ -127,21 +114,11 @@ def train(
         return
     run = get_run(experiment)
     print(f"{run.path} ({duration(run.record.get('seconds', 0))})")
-    if score:
-        _score(run, chosen, chosen.tests, chosen.protocols, chosen.group_size)
-
-
-def _score(
-    run: Run, profile: Profile, tests: Sequence[str], protocols: Sequence[str], group_size: int
-) -> None:
-    from lcco.common import Missing
-    from lcco.experiment.runs import load_tests
-
-    for name, data in load_tests(profile, tests).items():
+    for name, data in load_tests(chosen, chosen.tests).items() if score else ():
         if isinstance(data, Missing):
             print(f"{name}: {data.status}")
         else:
-            _print(run.evaluate(data, protocols, group_size))
+            _print(run.evaluate(data, chosen.protocols, chosen.group_size))
 
 
 def _print(found: dict[str, Any]) -> None:
@@ -188,7 +165,6 @@ def cosegment(
     recursive: Annotated[bool, Option("--recursive", help="Folders inside are sets too.")] = False,
     manifest: Annotated[Path | None, Option(
         metavar="FILE", help='A set a line: {"name": …, "images": […]}.')] = None,
-    shard: Annotated[str, Option(metavar="I/N", help="Every N-th set from the I-th on.")] = "1/1",
     background: Annotated[Text, Option(
         metavar="white|blur|FILE", help="Behind the cut-outs; else transparent.")] = None,
     words: Annotated[Text, Option(metavar="FILE|NAME", help="Words that it may be.")] = None,
@@ -198,15 +174,11 @@ def cosegment(
     overwrite: Annotated[bool, Option("--overwrite", help="Replace another set's.")] = False,
 ) -> None:  # fmt: skip
     """Find what photos have in common, and cut it out of each."""
-    from lcco.cosegment import cosegment_folder
+    settings = locals()  # its options are those of the function
 
-    if not sources and not manifest:
-        raise LCCoError("no pictures given; name a folder, files, or --manifest FILE")
-    report = cosegment_folder(
-        sources or (), out, recursive=recursive, manifest=manifest, shard=shard, cls=cls,
-        overwrite=overwrite, background=background, weights=weights, words=words,
-        threshold=threshold,
-    )  # fmt: skip
+    from lcco.cosegmentation import cosegment_folder
+
+    report = cosegment_folder(settings.pop("sources") or (), **settings)
     raise typer.Exit(bool(report.failed or report.refused))
 
 

