@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import os
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -218,17 +217,14 @@ def read_about(path: str | Path) -> dict[str, Any]:
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in a .safetensors, torch or TorchScript file, on the CPU, without wrappers.
+    """The state dict in a .safetensors or torch file, on the CPU, without wrappers.
 
     Raises: Missing without the file; LCCoError for one that is cut short or holds something else.
     """
     from timm.models import load_state_dict
 
-    with reading(path), warnings.catch_warnings(action="ignore"):  # of TorchScript, see below
-        try:
-            state = load_state_dict(str(path), weights_only=True)
-        except RuntimeError:  # perhaps TorchScript, the form of OpenAI's own CLIP files
-            state = torch.jit.load(path, map_location="cpu").state_dict()
+    with reading(path):
+        state = load_state_dict(str(path), weights_only=True)
     if not all(isinstance(value, Tensor) for value in state.values()):
         raise LCCoError(f"{path}: holds no state dict (a mapping of names to tensors)")
     return state

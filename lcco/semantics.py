@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,33 +37,19 @@ SYNONYMS = _groups("synonyms")
 IMAGENET_ALIASES = {word: name for name, *rest in _groups("imagenet_aliases") for word in rest}
 
 
-class Tower(Protocol):
-    """A frozen model that embeds images and texts into one space.
+class Tower:
+    """A frozen model that embeds images and texts into one space of `width` dimensions.
 
     `identity` names weights and preprocessing; `mean` is the RGB colour (0..1) that stands for
-    "nothing"; `calls` counts the images embedded so far.
+    "nothing"; `calls` counts the images embedded so far. A kind of tower gives `_embed` and
+    `encode_prompts`.
+    Deviation: CLIP crops the middle; here the whole picture is squashed to a square, as the
+    segmentation network sees it, so that an object at the edge counts.
     """
 
     width: int
     logit_scale: float
     identity: str
-    mean: tuple[float, float, float]
-    calls: int
-
-    def encode_images(self, images: Iterable[Image.Image]) -> Tensor:
-        """Images → [n, D] float32 of unit norm, on the CPU; reads them one at a time."""
-
-    def encode_prompts(self, texts: Sequence[str]) -> Tensor:
-        """Texts → [p, D] float32 of unit norm, on the CPU."""
-
-
-class _ImageSide:
-    """What both towers share: squash to a square, normalise, embed in batches.
-
-    Deviation: CLIP crops the middle; here the whole picture is squashed, as the segmentation
-    network sees it, so that an object at the edge counts.
-    """
-
     size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -71,6 +57,7 @@ class _ImageSide:
     calls = 0
 
     def encode_images(self, images: Iterable[Image.Image]) -> Tensor:
+        """Images → [n, D] float32 of unit norm, on the CPU; reads them a batch at a time."""
         out, pictures = [], iter(images)
         while batch := [self._pixels(p) for p in itertools.islice(pictures, BATCH)]:
             x = torch.stack(batch).to(self.device, memory_format=torch.channels_last)
@@ -79,16 +66,17 @@ class _ImageSide:
             self.calls += len(batch)
         return torch.cat(out) if out else torch.zeros(0, self.width)
 
+    def encode_prompts(self, texts: Sequence[str]) -> Tensor:
+        """Texts → [p, D] float32 of unit norm, on the CPU."""
+        raise NotImplementedError
+
     def _pixels(self, image: Image.Image) -> Tensor:
         image = image.convert("RGB").resize((self.size, self.size), Image.Resampling.BICUBIC)
         x = torch.from_numpy(np.asarray(image, dtype=np.float32) / 255)
         return ((x - torch.tensor(self.mean)) / torch.tensor(self.std)).permute(2, 0, 1)
 
-    def _embed(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
 
-
-class OpenClipTower(_ImageSide):
+class OpenClipTower(Tower):
     """Any open_clip model.
 
     model: a name of open_clip's, "glyph-clip" (lcco's own), or a .json file {model_config:
@@ -99,12 +87,15 @@ class OpenClipTower(_ImageSide):
     """
 
     def __init__(self, model: str, weights: str | None, *, device: Any = None) -> None:
+        from open_clip import load_checkpoint
+
         own = model == "glyph-clip" or model.endswith(".json")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             net, self._tokenizer, card, file = (_own_model if own else _named_model)(model, weights)
         if file is not None:
-            _load(net, file, model, bool(card["model_config"].get("quick_gelu")))
+            with backbones.reading(file, f"weights of `{model}`"):
+                load_checkpoint(net, str(file))
         self.device = _device(device)
         self._net = net.eval().requires_grad_(False)
         self._net.to(self.device, memory_format=torch.channels_last)
@@ -128,7 +119,7 @@ class OpenClipTower(_ImageSide):
         return self._net.encode_image(x)
 
 
-class ConseTower(_ImageSide):
+class ConseTower(Tower):
     """ConSE (Norouzi et al. 2014): a classifier's best class names, mixed in a text space.
 
     The image embedding is Σ p_c t_c over the `top` most probable classes of EfficientNet-Lite2 (p
@@ -182,7 +173,7 @@ class ConseTower(_ImageSide):
         return torch.einsum("nk,nkd->nd", p / p.sum(-1, keepdim=True), self._classes[index])
 
 
-def make_tower(config: Any, device: Any = None) -> OpenClipTower | ConseTower:
+def make_tower(config: Any, device: Any = None) -> Tower:
     """The tower that settings name by their attributes kind, model, weights and templates."""
     if config.kind == "conse":
         return ConseTower(config.templates, device=device)
@@ -235,12 +226,12 @@ def vocabulary(name: str | Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         mend = f"give one of {', '.join(VOCABULARIES)} or a text file in UTF-8"
         raise LCCoError(f"vocabulary {path}: {one_line(error)}; {mend}") from None
-    first: dict[str, int] = {}
-    for number, word in enumerate(words, 1):
-        before = first.setdefault(word.casefold(), number)
-        if not word or before != number:
-            what = f"repeats {word!r} of line {before}" if word else "is blank"
-            raise LCCoError(f"{path}: line {number} {what}; one class a line")
+    seen = {""}
+    for n, word in enumerate(words, 1):
+        if word.casefold() in seen:
+            what = f"repeats {word!r}" if word else "is blank"
+            raise LCCoError(f"{path}: line {n} {what}; one class a line")
+        seen.add(word.casefold())
     if not words:
         raise LCCoError(f"{path}: no words; one class a line")
     return words
@@ -319,7 +310,10 @@ def _named_model(model: str, weights: str | None) -> _Model:
     seen = get_pretrained_cfg(model, weights if weights in tags else (tags or [""])[0])
     file = Path(weights).expanduser() if weights else None
     if weights in tags:
-        _same_gelu(model, weights, bool(config.get("quick_gelu")), bool(seen.get("quick_gelu")))
+        if (ours := bool(config.get("quick_gelu"))) != bool(seen.get("quick_gelu")):
+            twin = model.removesuffix("-quickgelu") if ours else f"{model}-quickgelu"
+            what = f"weights `{weights}` do not fit `tower.model: {model}`; set it to `{twin}`"
+            raise LCCoError(f"QuickGELU mismatch: {what}")
         repo, _, name = seen["hf_hub"].rpartition("/")
         kinds = [name] if name else ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
         file = backbones.hub_file(repo, *kinds)
@@ -342,28 +336,6 @@ def _named_model(model: str, weights: str | None) -> _Model:
         "context_length": text.get("context_length", 77),
     }
     return net, open_clip.get_tokenizer(model), card, file
-
-
-def _same_gelu(model: str, weights: str, ours: bool, theirs: bool) -> None:
-    """open_clip only warns of weights that were trained with the other form of GELU."""
-    if ours != theirs:
-        twin = model.removesuffix("-quickgelu") if ours else f"{model}-quickgelu"
-        what = f"weights `{weights}` do not fit `tower.model: {model}`; set it to `{twin}`"
-        raise LCCoError(f"QuickGELU mismatch: {what}")
-
-
-def _load(net: nn.Module, path: Path, model: str, quick: bool) -> None:
-    import open_clip
-
-    state = backbones.read_tensors(path)
-    numbers = {"input_resolution", "context_length", "vocab_size"}  # in OpenAI's own files alone
-    if openai := state.keys() >= numbers:
-        _same_gelu(model, str(path), quick, True)
-    with backbones.reading(path, f"weights of `{model}`"):
-        if openai:
-            net.load_state_dict({k: v for k, v in state.items() if k not in numbers})
-        else:
-            open_clip.load_checkpoint(net, str(path))
 
 
 def _device(device: Any) -> torch.device:

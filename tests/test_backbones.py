@@ -208,13 +208,6 @@ def test_a_truncated_missing_or_foreign_file_is_named(tmp_path):
         make_backbone("resnet50", str(path))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
-def test_a_torchscript_file_is_read_as_openai_gives_its_own(tmp_path):
-    net = nn.Linear(2, 3)
-    torch.jit.script(net).save(str(tmp_path / "net.pt"))
-    assert torch.equal(read_tensors(tmp_path / "net.pt")["weight"], net.weight)
-
-
 def test_the_shipped_model_gives_its_trained_stages_over_what_it_started_from(lite2):
     net = make_backbone("efficientnet_lite2", "shipped", frozen_stages=2)
     state = read_tensors(backbones.model_file("shipped"))

@@ -143,29 +143,11 @@ def test_open_clip_loads_a_local_file_and_names_a_bad_one(tiny, card, tmp_path, 
         OpenClipTower(str(card), str(tmp_path / "other.pt"))
 
 
-class OpenAI(torch.nn.Module):
-    """What marks OpenAI's own files: TorchScript, with three numbers beside the weights."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        for name in ("input_resolution", "context_length", "vocab_size"):
-            self.register_buffer(name, torch.tensor(1))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
-def test_quick_gelu_mismatch_is_an_error(tmp_path):
+def test_quick_gelu_mismatch_is_an_error():
     with pytest.raises(LCCoError, match="QuickGELU.*set it to `ViT-B-16-quickgelu`"):
         OpenClipTower("ViT-B-16", "openai")
     with pytest.raises(LCCoError, match="neither a file nor a tag of ViT-B-16-quickgelu .*openai"):
         OpenClipTower("ViT-B-16-quickgelu", "laion2b_s34b_b88k")
-    torch.jit.save(torch.jit.script(OpenAI()), str(tmp_path / "ViT-B-16.pt"))
-    with pytest.raises(LCCoError, match="QuickGELU.*set it to `ViT-B-16-quickgelu`"):
-        OpenClipTower("ViT-B-16", str(tmp_path / "ViT-B-16.pt"))
-    with pytest.raises(LCCoError, match="not weights of `ViT-B-16-quickgelu`"):
-        OpenClipTower("ViT-B-16-quickgelu", str(tmp_path / "ViT-B-16.pt"))
 
 
 def test_absent_weights_say_at_once_what_to_get(monkeypatch, tmp_path):
@@ -203,7 +185,7 @@ def test_a_file_in_the_hubs_cache_is_used_without_the_net(monkeypatch, tmp_path)
         path.write_text(text)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(backbones, "reachable", lambda url: pytest.fail("touched the network"))
-    with pytest.raises(LCCoError, match=r"open_clip_model\.safetensors: not weights, or cut short"):
+    with pytest.raises(LCCoError, match=r"open_clip_model\.safetensors: not weights of"):
         OpenClipTower("ViT-B-16-quickgelu", "openai")
 
 
@@ -303,7 +285,7 @@ def test_target_word_knows_the_data_sets_names():
     ("text", "message"),
     [
         ("cat\n\ndog\n", "line 2 is blank"),
-        ("cat\ndog\nCat \n", "line 3 repeats 'Cat' of line 1"),
+        ("cat\ndog\nCat \n", "line 3 repeats 'Cat'"),
         ("", "no words"),
     ],
 )

@@ -92,10 +92,9 @@ def boxes_of(mask: np.ndarray, least: float = 5e-4) -> list[list[float]]:
     """
     labels, n = ndimage.label(mask, np.ones((3, 3)))
     areas = np.bincount(labels.ravel(), minlength=n + 1)[1:]
-    keep = [k for k in range(n) if areas[k] >= least * mask.size] or areas.argsort()[-1:]
-    found = ndimage.find_objects(labels)
-    edges = ((x.start, y.start, x.stop, y.stop) for y, x in (found[k] for k in keep))
-    return [list(map(float, box)) for box in edges]
+    keep = areas >= min(least * mask.size, areas.max(initial=0))
+    boxes = [[x.start, y.start, x.stop, y.stop] for y, x in ndimage.find_objects(labels)]
+    return np.array(boxes, float).reshape(-1, 4)[keep].tolist()
 
 
 def cut_out(image: np.ndarray, mask: np.ndarray) -> Image.Image:
@@ -203,7 +202,7 @@ class Rival:
     @property
     def path(self) -> Path:
         """Where its scores are kept."""
-        slug = "".join(c if c.isalnum() else "-" for c in self.name.lower())
+        slug = re.sub("[^a-z0-9]", "-", self.name.lower())
         return place("cache") / "rivals" / f"{slug}-{digest(self.made_of, 10)}"
 
     @property
@@ -371,8 +370,7 @@ class SeemGT(Seem):
     def common(self, found: Sequence[Any], cls: str) -> str | None:
         things = {word.casefold() for word in vocabulary("coco80")}
         names = [name for name in dict.fromkeys(self._classes) if name.casefold() in things]
-        known = target_word(cls, names)
-        if known is None:
+        if (known := target_word(cls, names)) is None:
             texts = [cls.replace("_", " "), *names]
             table = prompts(self.features.tower, texts, self.words.templates)
             known = int((table[1:] @ table[0]).argmax())
@@ -406,10 +404,10 @@ class Sam3(_Voted):
     @torch.no_grad()
     def ask(self, image: Image.Image, word: str) -> np.ndarray:
         given = self._read(images=image, text=word, return_tensors="pt").to(self.device)
-        found = self._read.post_process_instance_segmentation(
-            self._net(**given), target_sizes=[image.size[::-1]], **self.settings
-        )[0]["masks"]
-        return found.cpu().bool().any(0).numpy() if len(found) else np.zeros(image.size[::-1])
+        how = {"target_sizes": [image.size[::-1]], **self.settings}
+        found = self._read.post_process_instance_segmentation(self._net(**given), **how)
+        masks = found[0]["masks"].cpu().bool()  # [instances, H, W]
+        return masks.any(0).numpy() if len(masks) else np.zeros(image.size[::-1])
 
 
 class ClipSeg(_Voted):
@@ -495,8 +493,8 @@ def kmeans(x: Tensor, k: int, seed: int = 0, restarts: int = 2, steps: int = 15)
         centres = x[chosen]
         for _ in range(steps):
             sums = torch.zeros_like(centres).index_add_(0, (x @ centres.T).argmax(1), x)
-            kept_ = sums.norm(dim=1, keepdim=True) > 0
-            moved = torch.where(kept_, F.normalize(sums, dim=1), centres)
+            empty = sums.norm(dim=1, keepdim=True) == 0
+            moved = torch.where(empty, centres, F.normalize(sums, dim=1))
             if torch.allclose(moved, centres, atol=1e-5):
                 break
             centres = moved
@@ -566,12 +564,10 @@ def rivals(
     settings: of some rivals, in the place of their `defaults`.
     Raises: LCCoError for an unknown rival or setting.
     """
-    weights, settings, out = dict(weights or {}), dict(settings or {}), {}
-    for name in [*names, *settings]:
-        if name not in RIVALS:
-            raise LCCoError(f"no rival `{name}`; there are: {', '.join(RIVALS)}")
-    for name in names:
-        own = CHOSEN.get(features.backbone.name, {}) if name == "clustering" else {}
-        own = own | dict(settings.get(name, {}))
-        out[RIVALS[name].name] = RIVALS[name](features, words, weights, own)
-    return out
+    settings = settings or {}
+    if unknown := [name for name in [*names, *settings] if name not in RIVALS]:
+        raise LCCoError(f"no rival `{unknown[0]}`; there are: {', '.join(RIVALS)}")
+    chosen = {"clustering": CHOSEN.get(features.backbone.name, {})}
+    own = {name: chosen.get(name, {}) | dict(settings.get(name, {})) for name in names}
+    found = [RIVALS[name](features, words, weights or {}, own[name]) for name in names]
+    return {rival.name: rival for rival in found}
