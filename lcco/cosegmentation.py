@@ -33,6 +33,7 @@ from lcco.data import pictures as decoder
 from lcco.data.sets import CoSegData
 from lcco.experiment.predictor import Predictor, load_model
 from lcco.experiment.runs import environment, open_run
+from lcco.metrics import resize_map
 from lcco.semantics import target_word, vocabulary
 from lcco.store import atomic_path, lock, read_json, write_json, write_text
 
@@ -68,7 +69,9 @@ class Result:
     @property
     def mask(self) -> np.ndarray | None:
         """bool [H, W] at the picture's own size."""
-        return None if self.error else np.asarray(self.grey(self.size)) > 255 * self.threshold
+        if self.error:
+            return None
+        return resize_map(self.probability, self.size[::-1]) > self.threshold
 
     @property
     def confidence(self) -> float:
@@ -493,7 +496,7 @@ class _Writer:
         picture, grey = _decode(result.source)[0], result.grey(result.size)
         cut = gallery.cut_out(picture, grey, result.threshold, self.background)
         _save(cut, cutout, compress_level=1)
-        _save(gallery.shape(grey, result.threshold), mask, compress_level=3)
+        _save(Image.fromarray(255 * result.mask.astype(np.uint8)), mask, compress_level=3)
         picture.thumbnail((1600, 1600), Image.Resampling.BILINEAR, reducing_gap=2)
         shape = gallery.shape(result.grey(picture.size), result.threshold)
         _save(gallery.overlay(picture, shape), overlay, quality=88)
