@@ -40,6 +40,11 @@ PRINTED = ["paper_test_set", "paper_P", "paper_J"]
 
 
 @cache
+def raised(number: int) -> str:
+    """A footnote's number, raised."""
+    return str(number).translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
 def paper_table(name: str) -> pd.DataFrame:
     """A table of the paper as printed, e.g. `table1_main`: every cell is text, "" if empty."""
     import pandas as pd
@@ -298,7 +303,7 @@ class Table:
         why, _, name = status.partition(" (")
         names = self.footnotes.setdefault(f"N{why[1:]}", [])
         names += [name.rstrip(")")] if name and name.rstrip(")") not in names else []
-        return "–" + "¹²³⁴⁵⁶⁷⁸⁹"[list(self.footnotes).index(f"N{why[1:]}")]
+        return "–" + raised(list(self.footnotes).index(f"N{why[1:]}") + 1)
 
     def styler(self, part: str = "") -> Styler:
         """One part (the first by default) as a pandas Styler."""
@@ -425,7 +430,8 @@ def _templates() -> Any:
 
 
 def _render(template: str, **given: Any) -> str:
-    tools = {"label": label, "few": few, "names": lambda s: few([*map(label, s)], 9)}
+    tools = {"label": label, "few": few, "raised": raised}
+    tools |= {"names": lambda s: few([*map(label, s)], 9)}
     return _templates().get_template(f"{template}.jinja").render(tools | given)
 
 
