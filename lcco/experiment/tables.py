@@ -209,7 +209,7 @@ def paired(rows: pd.DataFrame, reference: str = "Baseline", metric: str = "J") -
     printed = rows.dropna(subset=[f"paper_{metric}"]).groupby("row")[f"paper_{metric}"].first()
     printed = printed.astype(float) - float(printed.get(reference, "nan"))
     out = _over_seeds(both, [*on[:-1], "row"])
-    return out.assign(paper=out["row"].map(printed))
+    return out.assign(paper=out["row"].map(printed).where(out["protocol"] != "choice"))
 
 
 def _over_seeds(frame: pd.DataFrame, by: list[str]) -> pd.DataFrame:
