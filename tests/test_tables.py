@@ -449,7 +449,9 @@ def test_pages_of_results(tmp_path: Path):
     (folder / "notebooks").mkdir()
     (folder / "notebooks" / "01_main_results.ipynb").write_text("{}")
     text = tables.results_readme(folder).read_text(encoding="utf-8")
-    assert text.startswith("# Results at profile `lite`\n\n" + load_profile("lite").about.strip())
+    headline = "LCCo against its Baseline, in points of J: +10.5 on MSRC7."
+    about = load_profile("lite").about.strip()
+    assert text.startswith(f"# Results at profile `lite`\n\n{headline}\n\n{about}\n\n")
     assert "[01_main_results](notebooks/01_main_results.ipynb)" in text
     assert "6 on cpu; 5 min 00 s in all; of 1 the time was not recorded." in text
     assert text.index("## Table 1") < text.index("## Table 5") < text.index("## Made on")
