@@ -360,6 +360,7 @@ def _draw(out: Path, background: Path | str | None, result: Result, image: Recor
     if picture:
         _save(cut, cutout, compress_level=1)
         _save(Image.fromarray(255 * result.mask.astype(np.uint8)), mask, compress_level=3)
+        picture.thumbnail((1600, 1600))
         shown = overlay(np.asarray(picture) / 255, result.probability - result.threshold + 0.5)
         _save(Image.fromarray((255 * shown).astype(np.uint8)), over, quality=88)
     share = float((result.probability > result.threshold).mean())
