@@ -108,6 +108,19 @@ def test_the_backbone_has_its_own_learning_rate(base, tmp_path, learns):
     assert not any(k.startswith(("backbone.stages.0.", "backbone.stages.1.")) for k in moved)
 
 
+def test_weights_decay(base, tmp_path):
+    after = []
+    for decay in (0.0, 0.5):
+        one = trainer(base.replace({"train.weight_decay": decay, "train.lr": 0.01}), tmp_path)
+        before = {k: p.detach().clone() for k, p in one.model.named_parameters()}
+        one.step(one.batch(0).to("cpu"))
+        after.append(dict(one.model.named_parameters()))
+        rate = one.optimizer.param_groups[0]["lr"]
+    for k, p in after[0].items():
+        if p.grad is not None:  # AdamW takes rate × decay × weight off beside its own step
+            torch.testing.assert_close(p - after[1][k], rate * 0.5 * before[k])
+
+
 def test_a_step_takes_the_scheduled_rate_and_clips_the_gradient(base, tmp_path):
     norms, rates = {}, []
     for clip in (0.0, 0.01):
