@@ -171,7 +171,8 @@ def test_dots_are_sorted_and_stand_on_the_change_to_the_reference():
     names = [text.get_text() for text in axes.get_yticklabels()]
     assert names == ["ISFC", "LCCo"]
     assert {text.get_text() for text in figure.legends[0].get_texts()} == {"paper", "here"}
-    paper = next(line for line in axes.lines if line.get_marker() == "D")
+    native = figure.axes[1]  # the paper has no group choice, the first panel
+    paper = next(line for line in native.lines if line.get_marker() == "D")
     assert np.round(paper.get_xdata(), 1).tolist() == [1.7, 5.1]
     assert axes.lines[0].get_xdata() == [0, 0]  # the zero line
 

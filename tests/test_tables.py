@@ -393,7 +393,8 @@ def test_every_committed_table_can_be_read_and_shown(folder: Path):
         assert text.count("\n|") > 2 and text.startswith(f"# {table.title}\n")
         done = table.rows[table.rows["status"] == MEASURED]
         assert set(done["run"].dropna()) <= set(table.runs)  # costs and classes name none
-        assert set(table.rows["profile"]) == {folder.name}
+        assert folder.name in set(table.rows["profile"])
+        assert table.name == "cost" or table.rows["profile"].nunique() == 1  # costs compare them
         others = table.rows["status"].drop(done.index)
         assert others.str.startswith("not run: ").all()
 
