@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -20,14 +20,12 @@ from lcco.config import Experiment, Profile
 from lcco.experiment.features import make_features
 from lcco.experiment.predictor import build_model
 from lcco.experiment.runs import environment
-from lcco.experiment.tables import row
+from lcco.experiment.tables import label, row
 from lcco.semantics import make_vocabulary
 
 TOWER, BACKBONE, BASELINE = "image tower", "backbone", "Baseline"
 CACHED, LCCO = "LCCo, embeddings cached", "LCCo, all"
-MODULES = dict(isfc="ISFC", clip_interaction="CLIP interaction",
-               clip_regularization="CLIP regularization")  # fmt: skip
-Works = Mapping[str, Callable[[], Any]]
+MODULES = "isfc", "clip_interaction", "clip_regularization"
 
 
 def bench(profile: Profile, repeats: int = 5) -> pd.DataFrame:
@@ -35,17 +33,17 @@ def bench(profile: Profile, repeats: int = 5) -> pd.DataFrame:
 
     The networks are the Baseline, it with each module alone, and LCCo without and with the tower.
     parameters: million. flops: 10⁹, of convolutions and matrix products, a multiply-add as two.
-    seconds: the least of `repeats` rounds that take all in turn. ratio: seconds by those of tower
-    and backbone together. Weights are random, which changes no cost; the words' embeddings, made
-    once, are not counted.
+    seconds: the least of `repeats` rounds that take all in turn, after one to warm up. ratio: by
+    those of tower and backbone. Weights are random; the words' embeddings are not counted.
     """
     if repeats < 1:
         raise LCCoError(f"`repeats` is {repeats}; it must be 1 or more")
     e = profile.experiment.replace({"model.weights": None, "tower.weights": None})
     n, about = profile.group_size, environment()
     works, sizes = parts(e, n)
-    costs = pd.DataFrame({"parameters": sizes, "flops": flops(works)})
-    costs["seconds"] = seconds(works, repeats)
+    costs = pd.DataFrame({"parameters": sizes, "flops": {k: flops(w) for k, w in works.items()}})
+    rounds = [{k: seconds(w) for k, w in works.items()} for _ in range(repeats + 1)]
+    costs["seconds"] = pd.DataFrame(rounds[1:]).min()
     costs["ratio"] = costs["seconds"] / costs.loc[[TOWER, BACKBONE], "seconds"].sum()
     costs = costs.div({"parameters": 1e6, "flops": 1e9, "seconds": 1, "ratio": 1}).round(5)
     here = {k: about[k] for k in ("device", "platform", "cores", "threads")}
@@ -55,7 +53,7 @@ def bench(profile: Profile, repeats: int = 5) -> pd.DataFrame:
     return pd.DataFrame([row("cost", name, profile, e, **here, **cells) for name, cells in rows])
 
 
-def parts(e: Experiment, images: int) -> tuple[Works, dict[str, int]]:
+def parts(e: Experiment, images: int) -> tuple[dict[str, Callable], dict[str, int]]:
     """What is measured: name → its work on a set of noise, and name → its parameters."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     features = make_features(e, device)
@@ -72,8 +70,7 @@ def parts(e: Experiment, images: int) -> tuple[Works, dict[str, int]]:
         switched = e.replace({f"model.{module}": module in on for module in MODULES})
         return build_model(switched, features, words).eval().to(device)
 
-    nets = {BASELINE: network()}
-    nets |= {f"{BASELINE} + {name}": network(module) for module, name in MODULES.items()}
+    nets = {BASELINE: network()} | {f"{BASELINE} + {label(m)}": network(m) for m in MODULES}
     nets[CACHED] = network(*MODULES)
     h, text = embed(), words.embeddings.to(device)
     works = {TOWER: embed, BACKBONE: lambda: features.backbone(x)}
@@ -86,28 +83,19 @@ def parts(e: Experiment, images: int) -> tuple[Works, dict[str, int]]:
 
 
 @torch.no_grad()
-def flops(works: Works) -> dict[str, int]:
-    """Operations of each work's matrix products and convolutions."""
-    fused, found = torch.backends.mha.get_fastpath_enabled(), {}
+def flops(work: Callable[[], Any]) -> int:
+    """Operations of a work's matrix products and convolutions."""
+    fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # fused attention would count as nothing
-    try:
-        for name, work in works.items():
-            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-                work()
-            found[name] = counter.get_total_flops()
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
-    return found
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        work()
+    torch.backends.mha.set_fastpath_enabled(fused)
+    return counter.get_total_flops()
 
 
 @torch.no_grad()
-def seconds(works: Works, repeats: int) -> dict[str, float]:
-    """Seconds of each work: the least of some rounds that take all in turn; the first warms up."""
-    rounds = [{name: _timed(work) for name, work in works.items()} for _ in range(repeats + 1)]
-    return {name: min(one[name] for one in rounds[1:]) for name in works}
-
-
-def _timed(work: Callable[[], Any]) -> float:
+def seconds(work: Callable[[], Any]) -> float:
+    """How long a work takes, once."""
     began = time.perf_counter()
     work()
     if torch.cuda.is_available():

@@ -22,7 +22,7 @@ from lcco.common import Missing, few
 from lcco.config import TRAINING_VERSION, Experiment, Profile
 from lcco.store import write_json, write_text
 
-PRINTED = ("paper_test_set", "paper_P", "paper_J")
+PRINTED = ["paper_test_set", "paper_P", "paper_J"]
 ROW_FIELDS = (
     "table", "row", "profile", "backbone", "tower", "vocabulary", "train_set", "test_set",
     "protocol", "group_size", "seed", "images", "P", "J", *PRINTED, "status", "run",
@@ -31,8 +31,14 @@ SHARES = (
     "P", "J", "P_class", "J_class", "J_pooled", "J_nonempty", "leak", "J_same", "gain", "decides",
     "agreement", "false_alarms", "empty_area",
 )  # fmt: skip
+CAUTIONS = {  # what a reader should know of a training → whether a run's record says so
+    "from an edited checkout": lambda run: run["environment"].get("dirty"),
+    "from an unknown commit": lambda run: len(run["environment"].get("commit") or "") < 12,
+    "by older training code": lambda run: run.get("training_version", 1) < TRAINING_VERSION,
+}
 MEASURED, QUOTED = "measured", "not run: quoted from the paper"
 PAPER = Path(__file__).parents[1] / "paper"
+TEMPLATES = jinja2.Environment(trim_blocks=True, loader=jinja2.FileSystemLoader(PAPER.parent))
 
 
 def paper_table(name: str) -> pd.DataFrame:
@@ -40,7 +46,8 @@ def paper_table(name: str) -> pd.DataFrame:
     return pd.read_csv(PAPER / f"{name}.csv", dtype=str, keep_default_na=False)
 
 
-LABELS, SYMBOLS = (dict(paper_table(name).to_numpy()) for name in ("labels", "latex"))
+LABELS = dict(paper_table("labels").to_numpy())
+SYMBOLS = str.maketrans(dict(paper_table("latex").to_numpy()))
 
 
 def label(name: Any) -> str:
@@ -48,7 +55,6 @@ def label(name: Any) -> str:
     return LABELS.get(str(name), str(name))
 
 
-# -------------------------------------------------------------------------------------------- rows
 def row(table: str, name: str, profile: Profile, e: Experiment | None = None, **cells: Any) -> dict:
     """A row of the schema; the experiment names backbone, tower, vocabulary, data and seed."""
     out = dict.fromkeys(ROW_FIELDS) | {"table": table, "row": name, "profile": profile.name}
@@ -75,74 +81,64 @@ def collect(
 ) -> pd.DataFrame:  # fmt: skip
     """Train or load each model for each seed and score it on each test set: a row for every score.
 
-    models: name → Experiment, or what has a Run's `evaluate` and `path` (Table 5's rivals).
-    tests, protocols, group_sizes, seeds: by default the profile's. cells: further columns, made of
-    the experiment. how: for `Run.evaluate`. Data or weights that are not here, and test pictures
-    that were trained on, become rows whose status says so.
+    models: name → Experiment, or a rival. tests, protocols, group_sizes, seeds: by default the
+    profile's. cells: further columns, made of the experiment. how: for `Run.evaluate`. Data or
+    weights that are not here, and pictures that were trained on, become rows that say so.
     """
     from lcco.experiment.runs import get_run, load_tests
 
     data, found = load_tests(profile, tests or profile.tests), []
     protocols, sizes = protocols or profile.protocols, group_sizes or (profile.group_size,)
+
+    def scored(get: Callable[[], Any], name: str, size: int) -> dict[str, dict]:
+        """Protocol → what was measured, or the status that says why nothing was."""
+        test, about = data[name], {}
+        try:
+            if isinstance(test, Missing):
+                raise test
+            run = get()
+            if hasattr(run, "overlap"):
+                if (seen := run.overlap(test)) and not how.get("allow_overlap"):
+                    why = f"not run: trained on {seen} of its {len(test)} pictures ({name})"
+                    return dict.fromkeys(protocols, {"status": why})
+                about = {"chose_weights": run.holdout_overlap(test)}
+            done = run.evaluate(test, protocols, size, **how)
+            return {p: scores(done[p].summary) | about | {"run": run.path.name} for p in protocols}
+        except Missing as error:
+            return dict.fromkeys(protocols, {"status": error.status})
+
     for name, model in models.items():
-        trained = isinstance(model, Experiment)
-        for seed in (seeds or profile.seeds) if trained else (None,):
-            e = model.replace(seed=seed) if trained else None
+        own = isinstance(model, Experiment)
+        for e in [model.replace(seed=s) for s in seeds or profile.seeds] if own else [None]:
             get = cache(lambda e=e, model=model: get_run(e) if e else model)
-            more = {key: make(e) for key, make in (cells or {}).items()} if e else {}
+            more = {key: make(e) for key, make in (cells or {}).items() if e}
             for test, size in product(data, sizes):
-                done = _scored(get, test, data[test], protocols, size, how)
                 more |= {"test_set": test, "group_size": size}
-                found += [row(table, name, profile, e, protocol=p, **more, **done[p]) for p in done]
+                for p, done in scored(get, test, size).items():
+                    found.append(row(table, name, profile, e, protocol=p, **more, **done))
     return with_paper(pd.DataFrame(found))
 
 
-def _scored(
-    get: Callable, name: str, test: Any, protocols: Sequence[str], size: int, how: Mapping
-) -> dict[str, dict]:
-    """Protocol → cells of a row: what was measured, or the status that says why nothing was."""
-    try:
-        if isinstance(test, Missing):
-            raise test
-        run, about = get(), {}
-        if hasattr(run, "overlap"):
-            if (seen := run.overlap(test)) and not how.get("allow_overlap"):
-                why = f"not run: trained on {seen} of its {len(test)} pictures ({name})"
-                return dict.fromkeys(protocols, {"status": why})
-            about = {"chose_weights": run.holdout_overlap(test)}
-        done = run.evaluate(test, protocols, size, **how)
-        return {p: scores(done[p].summary) | about | {"run": run.path.name} for p in protocols}
-    except Missing as error:
-        return dict.fromkeys(protocols, {"status": error.status})
-
-
-def _printed(table: str) -> pd.DataFrame:
-    names = dict(zip(("test_set", "P", "J"), PRINTED, strict=True))
-    return paper_table(table).replace("", None).rename(columns=names)
-
-
 def with_paper(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows with the paper's P and J of the row of that name, and the set they are printed for.
-
-    Table 1's depend on the test set and on the kind of training set.
-    """
+    """The rows with the paper's P and J beside them; Table 1's go by test and training set too."""
     table = str(rows["table"].iloc[0]) if len(rows) else ""
     if not (PAPER / f"{table}.csv").is_file():
         return rows
-    own, printed, on = rows.drop(columns=[*PRINTED]), _printed(table), ["row"]
+    own, printed, on = rows.drop(columns=PRINTED), paper_table(table).replace("", None), ["row"]
     if table == "table1_main":
         on, kinds = ["row", "test_set", "kind"], {"coco_seg": "COCO", "voc": "PASCAL"}
         own["kind"] = own["train_set"].astype(str).str.extract("(coco_seg|voc)")[0].replace(kinds)
         printed = printed.assign(test_set=printed["paper_test_set"], kind=printed["train_set"])
     out = own.merge(printed[[*on, *PRINTED]], how="left", on=on)
-    out.loc[out["protocol"] == "choice", [*PRINTED]] = None
+    out.loc[out["protocol"] == "choice", PRINTED] = None
     return out.set_index(rows.index)[rows.columns]
 
 
 def quoted_rows(profile: Profile) -> pd.DataFrame:
     """The paper's own Table 1 as rows without measured cells, one a method and test set."""
-    rows = _printed("table1_main").assign(table="table1_main", profile=profile.name)
-    rows = rows.assign(test_set=rows["paper_test_set"], protocol="as printed", status=QUOTED)
+    cells = {"table": "table1_main", "profile": profile.name, "protocol": "as printed"}
+    rows = paper_table("table1_main").replace("", None).assign(**cells, status=QUOTED)
+    rows["test_set"] = rows["paper_test_set"]
     return rows.reindex(columns=[*ROW_FIELDS, "uses_class_labels"])
 
 
@@ -160,7 +156,6 @@ def paired(rows: pd.DataFrame, reference: str = "Baseline", metric: str = "J") -
     return out.assign(paper=out["row"].map(printed).where(out["protocol"] != "choice"))
 
 
-# ------------------------------------------------------------------------------ tables for people
 @dataclass
 class Table:
     """Rows laid out for people: a part for each `block`, a line for each `index`.
@@ -186,47 +181,46 @@ class Table:
         blocks = self.rows.groupby(self.block, sort=False)
         self.parts = {f"{label(self.block)} {label(b)}": self._part(part) for b, part in blocks}
 
-    def _part(self, part: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """The texts of one part, and which are best; columns are (group, value)."""
+    def _part(self, part: pd.DataFrame) -> pd.DataFrame:
+        """The texts of one part, the best in `**`; columns are (group, value)."""
         line = part.groupby(list(self.index), sort=False, dropna=False).ngroup()
         stubs = part[list(self.index)].fillna("").astype(str).map(label).groupby(line).first()
-        text, best = {("", label(name)): stubs[name] for name in self.index}, {}
+        text = {("", label(name)): stubs[name] for name in self.index}
         part = part.reindex(columns=[*dict.fromkeys([*part, *self.values])]).assign(line=line)
         for group in dict.fromkeys([*part[self.columns], *part["paper_test_set"].dropna()]):
-            own = part[part[self.columns] == group]
             for value in self.values:
-                head = label(group), label(value)
-                text[head], best[head] = self._measured(own, value)
-                if text[head].eq("–").all():
+                cells = self._measured(part[part[self.columns] == group], value)
+                text[label(group), label(value)] = cells
+                if cells.eq("–").all():
                     break  # one column says that nothing was run
             printed = part[part["paper_test_set"] == group].groupby("line").first()
             text |= {(f"paper ({label(group)})", v): printed[f"paper_{v}"] for v in "PJ"}
-        text = pd.DataFrame(text).fillna("")
-        text = text[[head for head in text if not head[0] or text[head].ne("").any()]]
-        return text, pd.DataFrame({head: text.index == best.get(head) for head in text})
+        out = pd.DataFrame(text).fillna("")
+        return out[[head for head in out if not head[0] or out[head].ne("").any()]]
 
-    def _measured(self, rows: pd.DataFrame, value: str) -> tuple[pd.Series, int | None]:
-        """Line → what is printed; and the line that is best beyond doubt.
+    def _measured(self, rows: pd.DataFrame, value: str) -> pd.Series:
+        """Line → mean ± standard deviation, or a dash; in `**` what is best beyond doubt.
 
         That is: over several seeds, the same in all lines, and with no overlap with the next one.
         """
         known = rows.astype({value: float}).dropna(subset=[value]).groupby("line")
-        stat, sign = known[value].agg(["mean", "std"]), "+" * value.startswith("change_")
-        spread = stat["std"].map(f" ± {{:.{self.decimals}f}}".format).where(stat["std"].notna(), "")
-        text = rows.groupby("line")["status"].first().isin([MEASURED, QUOTED])
-        text = text.map({True: "", False: "–"})
-        text.update(stat["mean"].map(f"{{:{sign}z,.{self.decimals}f}}".format) + spread)
-        rank, best = stat.dropna().sort_values("mean", ascending=value in self.lower), None
-        if self.unit and len(rank) > 1 and known["seed"].apply(frozenset).nunique() == 1:
-            (first, sd), (second, its_sd) = rank.to_numpy()[:2]
-            best = rank.index[0] if abs(first - second) > sd + its_sd else None
-        return text, best
+        absent = ~rows.groupby("line")["status"].first().isin([MEASURED, QUOTED])
+        text, stat = absent.map({True: "–", False: ""}), known[value].agg(["mean", "std"])
+        sign, digits = "+" * value.startswith("change_"), f".{self.decimals}f"
+        for line, (mean, sd) in stat.iterrows():
+            text[line] = f"{mean:{sign}z,{digits}}" + (f" ± {sd:{digits}}" if sd >= 0 else "")
+        rank = stat.dropna().sort_values("mean", ascending=value in self.lower)
+        apart = rank["mean"].diff().abs() > rank["std"].rolling(2).sum()  # from the one before
+        seeds = known["seed"].apply(frozenset).nunique()
+        if self.unit and seeds == 1 and apart.iloc[1:2].any():
+            text[rank.index[0]] = f"**{text[rank.index[0]]}**"
+        return text
 
     def markdown(self) -> str:
         """The table as GitHub markdown."""
         out = [f"# {self.title}"]
-        for part, (text, bold) in self.parts.items():
-            shown = text.mask(bold, "**" + text + "**").map(lambda t: t.replace("|", "\\|"))
+        for part, text in self.parts.items():
+            shown = text.map(lambda cell: cell.replace("|", "\\|"))
             shown.columns = [f"{group} {value}".strip() for group, value in text]
             side = ["right" if group else "left" for group, _ in text]
             table = shown.to_markdown(index=False, disable_numparse=True, colalign=side)
@@ -239,49 +233,34 @@ class Table:
     def latex(self) -> str:
         r"""A booktabs table for each part, to be `\input`; the notes stand under the last."""
         tabulars = {}
-        for part, (text, bold) in self.parts.items():
-            shown, sides = text.map(_tex), "".join("r" if group else "l" for group, _ in text)
-            shown = shown.mask(bold, r"\textbf{" + shown + "}").rename(columns=_tex)
+        for part, text in self.parts.items():
+            sides = "".join("r" if group else "l" for group, _ in text)
             how = {"index": False, "column_format": sides, "multicolumn_format": "c"}
-            tabulars[part] = shown.to_latex(**how)
-        return _template("table.tex").render(table=self, tabulars=tabulars)
+            tabulars[part] = text.map(_tex).rename(columns=_tex).to_latex(**how)
+        page = TEMPLATES.get_template("table.tex.jinja")
+        return page.render(table=self, tabulars=tabulars, tex=_tex)
 
     def all_notes(self) -> list[str]:
         """What stands below: what was not run, how to read it, how it was made, slips in print."""
         done = self.rows[self.rows["status"] == MEASURED]
-        absent = self.rows["status"].drop(done.index).unique()
-        slips = paper_table("footnotes").query(f"table == '{self.name}'")
+        trained = {name: run for name, run in self.runs.items() if "training" in run}
+        held = {test for run in trained.values() for test in run["experiment"]["data"]["holdout"]}
+        chose = done["test_set"].isin(held) | (done.get("chose_weights", 0) > 0)
         per = done.groupby([*self.index, "test_set", "protocol"], dropna=False)["seed"].nunique()
-        text = _template("notes").render(
-            table=self, done=done if self.unit else done[:0], cautions=self._cautions(done),
-            absent=[status.removeprefix("not run: ") for status in absent if status != QUOTED],
-            seeds=sorted(done["seed"].dropna().astype(int).unique()), fewest=per.min(),
-            bold=any(bold.any(axis=None) for _, bold in self.parts.values()),
+        cautions = {}
+        for how, true in CAUTIONS.items():
+            of = done["run"].isin([name for name, run in trained.items() if true(run)])
+            which = "all" if of.all() else few(done["row"][of].unique(), 9)
+            cautions |= {how: which} if of.any() else {}
+        text = TEMPLATES.get_template("notes.jinja").render(
+            table=self, done=done if self.unit else done[:0], cautions=cautions,
+            absent=self.rows["status"].replace([MEASURED, QUOTED], None).dropna().unique(),
+            slips=paper_table("footnotes").query(f"table == '{self.name}'")["note"],
+            bold=any("**" in part.to_string() for part in self.parts.values()),
             counts=done.groupby("test_set", sort=False)["images"].agg(["min", "max"]).dropna(),
-            slips=slips[slips["test_set"].isin(["", *self.rows["test_set"]])]["note"],
+            chose=done["test_set"][chose].unique(), fewest=per.min(), label=label, few=few,
         )  # fmt: skip
         return [line for line in text.splitlines() if line]
-
-    def _cautions(self, done: pd.DataFrame) -> dict[str, list[str]]:
-        """What a reader should know of how models were made → the rows of which it is true."""
-        out: dict[str, dict[str, None]] = {}
-        on = ["row", "run", "test_set", "chose_weights"]
-        devices = {r["environment"]["device"] for r in self.runs.values() if "training" in r}
-        for name, run, test, chose in done.reindex(columns=on).itertuples(index=False):
-            record, which = self.runs.get(run, {}), f"{label(test)}, no clean test of them"
-            about, trained = record.get("environment", {}), "training" in record
-            held = record["experiment"]["data"]["holdout"] if trained else ()
-            told = {
-                "trained from an edited checkout": trained and about.get("dirty"),
-                "trained from an unknown commit": trained and len(about.get("commit") or "") < 12,
-                "trained by older training code":
-                    trained and record.get("training_version", 1) < TRAINING_VERSION,
-                f"trained on {about.get('device')}": trained and len(devices) > 1,
-                f"weights chosen by pictures of {which}": chose > 0 or test in held,
-            }  # fmt: skip
-            for how in (how for how, true in told.items() if true):
-                out.setdefault(how, {})[name] = None
-        return {how: list(names) for how, names in out.items()}
 
     def write(self, folder: Path, runs: Iterable[Any] | None = None) -> Table:
         """Write `<name>.csv`, `.md`, `.tex` and `.records.json`; give the table to be shown.
@@ -310,15 +289,7 @@ class Table:
         return self
 
 
-@cache
-def _template(name: str) -> jinja2.Template:
-    files = jinja2.FileSystemLoader(PAPER.parent)
-    pages = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, loader=files)
-    pages.globals |= {"label": label, "few": few, "tex": _tex}
-    return pages.get_template(f"{name}.jinja")
-
-
 def _tex(text: Any) -> str:
-    """Text for LaTeX: its own characters escaped, symbols and losses as mathematics."""
-    text = str(text).translate(str.maketrans(SYMBOLS))
+    """Text for LaTeX: its own characters escaped, bold, symbols and losses as mathematics."""
+    text = re.sub(r"\*\*(.+)\*\*", r"\\textbf{\1}", str(text).translate(SYMBOLS))
     return re.sub(r"\bL\\_(iou|cs|c)\b", r"$\\mathcal{L}_{\1}$", text)
