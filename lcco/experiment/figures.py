@@ -88,6 +88,7 @@ def masks_grid(rows: Mapping, title: str = "", across: int = 2) -> Figure:
     return figure
 
 
+@style.context(LOOK)
 def maps_grid(pictures: Sequence[np.ndarray], maps: Mapping[str, Sequence[np.ndarray]], what: str,
               title: str = "") -> Figure:  # fmt: skip
     """Pictures, and lines of maps [h, w] ≥ 0 over them; one colour scale, whose bar says `what`."""
