@@ -230,7 +230,7 @@ def test_masks_of_every_kind_are_grey(tmp_path: Path) -> None:
         read_mask(tmp_path / "cut.png")
     for name in ("rgb.png", "high.png"):
         Image.fromarray(np.full((4, 4), 21, np.uint8)).save(tmp_path / "high.png")
-        with pytest.raises(LCCoError, match=f"{name}: a VOC mask must hold class numbers of 0 to 20"):
+        with pytest.raises(LCCoError, match=f"{name}: a VOC mask must hold class numbers"):
             read_labels(tmp_path / name, 20)
     assert read_labels(tmp_path / "high.png", 21).max() == 21
 
@@ -269,7 +269,7 @@ def test_what_is_no_picture(tmp_path: Path) -> None:
     found, others = listing(tmp_path)
     assert [p.name for p in found] == ["A.PNG", "b.jpg"] and found == pictures_in(tmp_path)
     pipe = ["pipe.jpg"] if hasattr(os, "mkfifo") else []
-    assert sorted(others.values()) == [["gone.png", "p0.jpg", *pipe], ["notes.txt"]]
+    assert others == {"no picture files": ["gone.png", "notes.txt", "p0.jpg", *pipe]}
     with pytest.raises(LCCoError, match="nowhere: .*give a folder with pictures"):
         listing(tmp_path / "nowhere")
     assert is_system("@eaDir") and is_system("THUMBS.DB") and not is_system("eaDir")

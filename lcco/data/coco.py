@@ -13,8 +13,6 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError
 from lcco.data.pictures import bad
 from lcco.data.sets import CoSegData
 
-COCO_MIN_AREA = 4000  # COCO-SEG: an image counts for a category by one instance of more pixels
-COCO_MIN_IMAGES = 100  # COCO-SEG: categories with fewer such images are dropped
 Id = Annotated[int | str, Field(union_mode="left_to_right")]  # 7, 7.0 and "7" are one
 Pixels = Annotated[int, Field(gt=0, lt=100_000)]
 Polygon = list[Annotated[float, Field(gt=-100_000, lt=100_000)]]
@@ -66,12 +64,12 @@ class COCOData(CoSegData):
     key is `file_name`. A mask is the union of all of the classes' annotations, crowds too.
     """
 
-    def __init__(
-        self, name: str, root: Path, *, min_area: float = COCO_MIN_AREA,
-        min_images: int = COCO_MIN_IMAGES,
-    ) -> None:  # fmt: skip
+    def __init__(self, name: str, root: Path, min_images: int, min_area: float) -> None:
         super().__init__(name, "coco")
-        self.file, folder = _find(root)
+        files = sorted(root.glob("annotations/instances_*.json"))
+        self.file = next((file for file in files if file.stem.endswith("train2017")), files[0])
+        fold = self.file.stem.removeprefix("instances_")
+        folder = root / "images" / fold if (root / "images" / fold).is_dir() else root / fold
         try:
             document = _Document.model_validate_json(self.file.read_text(encoding="utf-8-sig"))
         except (OSError, ValueError) as error:
@@ -86,14 +84,13 @@ class COCOData(CoSegData):
         groups = {c: held[c] for c in sorted(held) if len(held[c]) >= min_images}
         if not groups:
             what = f"no category has {min_images} images with an instance over {min_area:g} px"
-            raise bad(self.file, what, str(self.left_out[:1] or "give another folder"))
+            raise bad(self.file, what, ", ".join([*self.left_out, ("give another folder",)][0]))
         self.keys = tuple(sorted(set().union(*groups.values())))
-        number = {key: n for n, key in enumerate(self.keys)}
-        self.groups = {c: tuple(sorted(map(number.get, keys))) for c, keys in groups.items()}
+        self._classes = [frozenset(c for c in groups if key in groups[c]) for key in self.keys]
         self.files = [(folder / key, self.file) for key in self.keys]
         self._objects = [objects[key] for key in self.keys]
-        others = [i.file_name for i in document.images if i.file_name not in number]
-        self.left_out += [("image left out", key, "no large instance") for key in others]
+        small = sorted({image.file_name for image in document.images}.difference(self.keys))
+        self.left_out += [("image left out", key, "no large instance") for key in small]
 
     def _annotations(self, document: _Document) -> list[tuple[str, _Image, _Annotation]]:
         """The annotations that can be used, with their categories' names and their images."""
@@ -157,13 +154,4 @@ def _told(error: Exception) -> str:
     """An error in one line, of pydantic's the one that is deepest in the entry."""
     errors = error.errors() if isinstance(error, ValidationError) else [{"loc": (), "msg": error}]
     worst = sorted(errors, key=lambda e: len(e["loc"]))[-1]
-    return ": ".join(str(p) for p in (*worst["loc"], worst["msg"]) if "[" not in str(p))
-
-
-def _find(root: Path) -> tuple[Path, Path]:
-    """The annotations, train2017's or the first, and the folder that holds their pictures."""
-    files = sorted(root.glob("annotations/instances_*.json"))
-    file = next((file for file in files if file.stem.endswith("train2017")), files[0])
-    fold = file.stem.removeprefix("instances_")
-    folder = root / "images" / fold
-    return file, folder if folder.is_dir() else root / fold
+    return ": ".join([*(str(p) for p in worst["loc"] if "[" not in str(p)), str(worst["msg"])])

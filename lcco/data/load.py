@@ -6,21 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lcco.common import LCCoError, Missing, place
-from lcco.data import sets
-from lcco.data.coco import COCO_MIN_AREA, COCO_MIN_IMAGES, COCOData
+from lcco.data.coco import COCOData
 from lcco.data.overlap import overlap
 from lcco.data.pictures import bad
-from lcco.data.sets import SIDES, CoSegData, FolderData, VOCData
+from lcco.data.sets import SIDES, CoSegData, FolderData, View, VOCData, read_lines
 
-LAYOUTS = (
-    "image/<class>/* beside groundtruth/<class>/*, images/<group>/* beside ground_truth/<group>/*, "
-    "<class>/* with <class>/GroundTruth/*, JPEGImages beside SegmentationClass and ImageSets (VOC)"
-    ", annotations/instances_<name>.json beside <name>/* (COCO)"
-)
 MSRC7 = ("bird", "car", "cat", "cow", "dog", "plane", "sheep")
 ICOSEG8 = ("bear2", "brownbear", "cheetah", "elephant", "helicopter", "hotballoon", "panda1",
            "panda2")  # fmt: skip
-INTERNET3 = ("airplane", "car", "horse")
 _VOC = ["VOCdevkit/VOC2012", "VOC2012"]
 _INTERNET = ["Internet_Datasets300", "Internet300", "Internet", "Internet/Data"]
 # name → the folders where it may be, and its lists (VOC) or groups if not all
@@ -35,7 +28,7 @@ _SETS: dict[str, tuple[Sequence[str], Sequence[str]]] = {
     "msrc14": (["MSRC"], []),
     "icoseg8": (["iCoseg8", "iCoseg"], ICOSEG8),
     "icoseg38": (["iCoseg"], []),
-    "internet300": (_INTERNET, INTERNET3),
+    "internet300": (_INTERNET, ["airplane", "car", "horse"]),
     "pascal1037": (["PASCAL_VOC"], []),
     "pascal_fold_train": (["PASCAL_VOC"], []),
     "pascal_fold_test": (["PASCAL_VOC"], []),
@@ -57,16 +50,14 @@ def load_data(
 
     names: several are joined; a class that several have becomes one group. counts: how many
     pictures a drawn set has (of each class, for the test fold). without: sets whose pictures are
-    left out, by content or look.
-    Raises: Missing for a known set that is not there. LCCoError for anything else.
+    left out, by look. Raises: Missing for a known set that is not there, else LCCoError.
     """
     words, counts = [names] if isinstance(names, str) else list(names), counts or {}
     if not words or not all(word.strip() for word in words):
-        known = ", ".join(known_sets())
-        raise LCCoError(f"no data set is named; give a folder, or one of {known}")
+        raise LCCoError(f"no data set is named; give a folder or one of {', '.join(known_sets())}")
     parts = [_load(word, counts.get(word)) for word in words]
     items = [(part, i) for part in parts for i in range(len(part))]
-    data = parts[0] if len(parts) == 1 else sets.View("+".join(words), items)
+    data = parts[0] if len(parts) == 1 else View("+".join(words), items)
     others = [_load(word, counts.get(word)) for word in without]
     if seen := {i for other in others for i, _ in overlap(data, other)}:
         kept = [i for i in range(len(data)) if i not in seen]
@@ -86,8 +77,8 @@ def _load(name: str, count: int | None) -> CoSegData:
     folders = Path(name).expanduser(), place("data") / name
     path = next((path for path in folders if path.is_dir()), None)
     if path is None:
-        what = f"data `{name}` is neither a folder (also not {folders[1]}) nor a known set"
-        raise LCCoError(f"{what}: {', '.join(known_sets())}")
+        what = f"no such folder, also not {folders[1]}, and no known set"
+        raise bad(f"data `{name}`", what, f"known are {', '.join(known_sets())}")
     return open_folder(path).complete()
 
 
@@ -98,35 +89,35 @@ def _known(name: str) -> CoSegData:
     if home is None:
         how = f"looked for {', '.join(map(str, homes))}; set LCCO_DATA to the folder that holds it"
         raise Missing("data", name, how)
-    data = open_folder(home, name, own, COCO_MIN_IMAGES, COCO_MIN_AREA).complete()
+    data = open_folder(home, name, own, rule=(100, 4000)).complete()  # COCO-SEG's
     data.exhaustive = data.exhaustive and name != "voc_more"  # some have one vehicle labelled each
     if not name.startswith("pascal_fold"):
         return data
     file = home / f"{name.removeprefix('pascal_')}.txt"  # `class/stem` a line
-    keys = sets.read_lines(file)
+    keys = read_lines(file)
     if strange := [key for key in keys if key not in data.keys]:
         raise bad(file, f"`{strange[0]}` has no image in {home}", "take it out of the list")
     return data.subset(map(data.keys.index, keys), name)
 
 
 def open_folder(
-    path: Path, name: str | None = None, own: Sequence[str] = (), min_images: int = 1,
-    min_area: float = 0,
-) -> CoSegData:  # fmt: skip
+    path: Path, name: str | None = None, own: Sequence[str] = (), rule: tuple[int, float] = (1, 0)
+) -> CoSegData:
     """A folder in any layout, not yet checked to be complete. Raises: LCCoError for another one.
 
-    own: its groups, or lists of VOC, if not all. min_images, min_area: COCO's thresholds.
+    own: its groups, or lists of VOC, if not all. rule: COCO's least number of images and area.
     """
     name, layout = name or path.resolve().name, _layout(path)
     if layout == "coco":
-        return COCOData(name, path, min_images=min_images, min_area=min_area)
+        return COCOData(name, path, *rule)
     if layout == "voc":
         lists = {f.stem for f in (path / "ImageSets" / "Segmentation").glob("*.txt")}
         own = own or [w for w in ("train", "val") if w in lists] or sorted(lists - {"trainval"})
         return VOCData(name, path, own)
     if layout:
         return FolderData(name, path, layout, own)
-    raise bad(path, "no folder in a known layout", f"expected {LAYOUTS}")
+    known = "image/<class>/* beside groundtruth/<class>/*, or as VOC, COCO, iCoseg and Internet are"
+    raise bad(path, "no folder in a known layout", f"expected {known}")
 
 
 def _layout(path: Path) -> str | None:

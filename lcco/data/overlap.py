@@ -23,8 +23,8 @@ CELLS = 24  # a side of the thumbnail
 def picture_hash(image: Image.Image) -> str:
     """What a picture looks like: a grey thumbnail and a 128-bit difference hash, in hex.
 
-    A bit tells whether a cell is brighter than its neighbour. A copy differs in few (`NEAR`),
-    another picture in half, or in few on a plain ground, where the thumbnail tells.
+    A bit tells whether a cell is brighter than its neighbour: copies differ in few (`NEAR`), other
+    pictures in half of them, or in few on a plain ground, where the thumbnail tells.
     """
     grey = image.convert("L")
     rows = np.asarray(grey.resize((9, 8), Image.Resampling.BOX), np.int16)
@@ -65,5 +65,4 @@ def near_pairs(a: Sequence[str], b: Sequence[str]) -> list[tuple[int, int]]:
 def overlap(a: CoSegData, b: CoSegData) -> list[tuple[int, int]]:
     """(index in a, index in b) of every picture that both sets hold; kept on disk."""
     file = place("cache") / f"overlap-{digest([LOOKS, a.digest(), b.digest()], 16)}.json"
-    pairs = kept(file, lambda: near_pairs(a.hashes(), b.hashes()))
-    return [(int(i), int(j)) for i, j in pairs]
+    return [(i, j) for i, j in kept(file, lambda: near_pairs(a.hashes(), b.hashes()))]

@@ -41,24 +41,18 @@ def is_system(name: str) -> bool:
 
 
 def listing(folder: Path) -> tuple[list[Path], dict[str, list[str]]]:
-    """The pictures of a folder by name, and by reason the names of what else is in it.
+    """The pictures of a folder by name; and by reason what else is in it, but for its folders.
 
-    Hidden and system files are in neither; nor are folders, unless named like a picture.
-    Raises: LCCoError for a folder that is missing or cannot be read.
+    Hidden and system files are in neither. Raises: LCCoError for a folder that cannot be read.
     """
     try:
         entries = sorted(folder.iterdir(), key=lambda e: (e.name.casefold(), e.name))
     except OSError as error:
         raise bad(folder, str(error.strerror), "give a folder with pictures") from None
-    found, others = [], {}
-    for entry in entries:
-        picture, file = entry.suffix.lower() in ENDINGS, entry.is_file()
-        if picture and file and not is_system(entry.name):
-            found.append(entry)
-        elif (picture or not entry.is_dir()) and not is_system(entry.name):
-            why = "no picture's ending" if file else "no file (a folder, link or pipe)"
-            others.setdefault(why, []).append(entry.name)
-    return found, others
+    named = {e: e.suffix.lower() in ENDINGS for e in entries if not is_system(e.name)}
+    found = [entry for entry, picture in named.items() if picture and entry.is_file()]
+    others = [e.name for e in named.keys() - set(found) if named[e] or not e.is_dir()]
+    return found, {"no picture files": sorted(others)} if others else {}
 
 
 def pictures_in(folder: Path | str) -> list[Path]:
@@ -84,18 +78,16 @@ def _decoded(path: Path | str, side: int | None = None) -> Image.Image:
         if side:
             image.draft(None, (side, side))  # JPEG decodes at 1/2, 1/4 or 1/8
         image.load()  # Pillow turns a TIFF here and takes its tag away
-        upright = image.copy()
         with contextlib.suppress(Exception):  # broken EXIF says nothing; the picture is whole
-            upright = ImageOps.exif_transpose(upright)
-        return _eight_bits(upright) if upright.mode[0] in "FI" else upright
+            ImageOps.exif_transpose(image, in_place=True)
+        return _eight_bits(image) if image.mode[0] in "FI" else image.copy()
 
 
 def read_picture(path: Path | str, side: int | None = None) -> Image.Image:
     """A picture file as RGB uint8, as a viewer shows it: upright, transparent parts white.
 
     Of an animation the first frame; more than 8 bits as `to_rgb` says. side: the shorter side may
-    shrink by whole factors down to this many pixels, which makes large files cheap.
-    Raises: LCCoError naming a file that is missing or does not decode.
+    shrink by whole factors down to this many pixels, which is fast. Raises: LCCoError.
     """
     image = to_rgb(_decoded(path, side))
     factor = min(image.size) // side if side else 1
@@ -104,13 +96,13 @@ def read_picture(path: Path | str, side: int | None = None) -> Image.Image:
 
 def picture_size(path: Path | str) -> tuple[int, int]:
     """(width, height) of what `read_picture` gives, from the header where that tells."""
-    turned = False
     with _opened(path) as image:
-        with contextlib.suppress(Exception):
-            turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-        if image.format != "TIFF":  # Pillow's versions differ in whether its size is turned
-            return image.size[::-1] if turned else image.size
-    return _decoded(path).size
+        if image.format == "TIFF":
+            image.load()  # turns it, and takes its tag away
+        with contextlib.suppress(Exception):  # broken EXIF
+            if image.getexif().get(0x0112) in (5, 6, 7, 8):
+                return image.size[::-1]
+        return image.size
 
 
 def to_rgb(image: Image.Image | np.ndarray) -> Image.Image:

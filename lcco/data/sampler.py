@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,8 +12,7 @@ from lcco.data.pictures import Box
 from lcco.data.sets import CoSegData
 
 
-@dataclass(frozen=True)
-class Draw:
+class Draw(NamedTuple):
     """One group: its images, the classes they share (their union is the truth), augmentation."""
 
     classes: tuple[str, ...]
@@ -26,18 +24,18 @@ class Draw:
 class GroupSampler:
     """Draws groups: a class, then N distinct images of it (with repeats if the class has fewer).
 
-    `class_sampling`: P(class) ∝ 1, √count or count. The truth is the union of every class that all
-    N share (COCO-SEG). `paired`: the share of groups whose images all hold a second class too, none
-    common to all N, so that only the set tells which one counts (a plain group where that cannot
-    be). `absent`: the chance that one image of a group is replaced by one without the shared
-    classes. `flip`: half of the images are mirrored; `crop` < 1: each is cropped to a random share
-    ≥ `crop` of its sides. The groups of a step depend on (seed, step) alone.
+    The groups of a step depend on (seed, step) alone; their truth is the union of every class that
+    all N share (COCO-SEG). `class_sampling`: P(class) ∝ 1 (uniform), √count (sqrt) or count
+    (proportional). `paired`: the share of groups whose images all hold a second class, none common
+    to all N, so that only the set tells which one counts (plain groups where that cannot be).
+    `absent`: the chance that one image is replaced by one without the shared classes. `flip`: half
+    of the images are mirrored. `crop` < 1: each is cropped to a random share ≥ `crop` of its sides.
     """
 
     def __init__(
         self, data: CoSegData, *, groups: int, group_size: int, seed: int,
-        class_sampling: Literal["uniform", "sqrt", "proportional"] = "uniform",
-        paired: float = 0.0, absent: float = 0.0, flip: bool = False, crop: float = 1.0,
+        class_sampling: str = "uniform", paired: float = 0.0, absent: float = 0.0,
+        flip: bool = False, crop: float = 1.0,
     ) -> None:  # fmt: skip
         self.data, self.n, self.size, self.seed = data, groups, group_size, seed
         self.paired, self.absent, self.flip, self.crop = paired, absent, flip, crop
@@ -46,14 +44,14 @@ class GroupSampler:
             raise LCCoError(f"data `{data.name}` has no group to draw from")
         power = {"uniform": 0.0, "sqrt": 0.5, "proportional": 1.0}[class_sampling]
         self._weights = {c: len(items) ** power for c, items in self._members.items()}
-        pools = {c: [i for i in items if len(data.classes_of(i)) > 1]
-                 for c, items in self._members.items()}  # fmt: skip
-        self._pools = {  # of images with a second class, where it is not one and the same
-            c: np.array(pool) for c, pool in pools.items()
-            if 1 < group_size <= len(pool) and self._common(pool) == {c}
-        }  # fmt: skip
-        known = [i for i in range(len(data)) if data.knows_all(i)]
-        self._known = np.array(known or range(len(data)))
+        self._pools = {}  # class → its images with a second class, unless all have the same one
+        for c, items in self._members.items():
+            pool = [i for i in items if len(data.classes_of(i)) > 1]
+            if 1 < group_size <= len(pool) and self._common(pool) == {c}:
+                self._pools[c] = np.array(pool)
+        self._known = [i for i in range(len(data)) if data.knows_all(i)]
+        if absent and not self._known:
+            raise LCCoError("data.absent needs a set whose masks show every class, such as VOC")
 
     def _common(self, items: Iterable[int]) -> frozenset[str]:
         return frozenset.intersection(*(self.data.classes_of(i) for i in items))
@@ -77,7 +75,7 @@ class GroupSampler:
                     items[rng.integers(self.size)] = other
                     break
         flips = (rng.random(self.size) < 0.5).tolist() if self.flip else [False] * self.size
-        crops = tuple(self._box(rng) for _ in items)
+        crops = tuple(self._box(rng) if self.crop < 1 else None for _ in items)
         return Draw(tuple(sorted(shared)), tuple(items), tuple(flips), crops)
 
     def _pick(self, rng: np.random.Generator, pools: dict[str, np.ndarray]) -> str:
@@ -89,18 +87,15 @@ class GroupSampler:
         c = self._pick(rng, self._pools)
         for _ in range(20):
             items = list(rng.choice(self._pools[c], self.size, replace=False))
-            for d in sorted(self._common(items) - {c}):  # one that lacks it comes in
-                others = [i for i in self._pools[c]
-                          if i not in items and d not in self.data.classes_of(i)]  # fmt: skip
-                if others:
+            for d in sorted(self._common(items) - {c}):  # one that lacks it takes a place
+                rest = [i for i in self._pools[c] if i not in items]
+                if others := [i for i in rest if d not in self.data.classes_of(i)]:
                     items[rng.integers(self.size)] = rng.choice(others)
             if self._common(items) == {c}:
                 return items
         return []
 
-    def _box(self, rng: np.random.Generator) -> Box | None:
-        if self.crop >= 1:
-            return None
+    def _box(self, rng: np.random.Generator) -> Box:
         side = rng.uniform(self.crop, 1)
         x, y = rng.uniform(0, 1 - side, 2)
         return (float(x), float(y), float(x + side), float(y + side))

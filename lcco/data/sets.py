@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, partial, partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,6 @@ VOC_CLASSES = (
     "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train",
     "tvmonitor",
 )  # fmt: skip
-PROBED = 20  # masks that are looked at when a set is loaded: most may be empty by a mistake
-THREADS = max(2, min(8, os.cpu_count() or 2))  # files that are read at once
 VOC_MIN_SHARE = 0.01  # an image is in a class's group when at least 1% of its pixels show the class
 SIDES = {"folders": ("image", "groundtruth"), "icoseg": ("images", "ground_truth")}
 FACTS = {  # of a file, kept on disk: its place in `files`, and what is computed of it
@@ -46,7 +43,6 @@ class CoSegData:
     """
 
     exhaustive = True  # False: an item's truth knows one class only, others may be in the picture
-    groups: Mapping[str, Sequence[int]]
 
     def __init__(
         self, name: str, layout: str, keys: Iterable[str] = (),
@@ -83,16 +79,20 @@ class CoSegData:
         return None
 
     @cached_property
-    def _classes(self) -> dict[int, set[str]]:
-        found: dict[int, set[str]] = defaultdict(set)
-        for c, items in self.groups.items():
-            for i in items:
-                found[i].add(c)
-        return found
+    def groups(self) -> Mapping[str, Sequence[int]]:
+        """Class → its items, in the order of their keys."""
+        held = [self.classes_of(i) for i in range(len(self))]
+        order = sorted(range(len(self)), key=self.keys.__getitem__)
+        return {c: tuple(i for i in order if c in held[i]) for c in sorted(set().union(*held))}
+
+    @cached_property
+    def _classes(self) -> list[frozenset[str]]:
+        held = {c: set(items) for c, items in self.groups.items()}
+        return [frozenset(c for c in held if i in held[c]) for i in range(len(self))]
 
     def classes_of(self, i: int) -> frozenset[str]:
         """The classes whose groups hold image i."""
-        return frozenset(self._classes.get(i, ()))
+        return self._classes[i]
 
     def labels_of(self, i: int) -> frozenset[str]:
         """Every class with any pixel in image i (`classes_of` may ask for a least area)."""
@@ -103,11 +103,18 @@ class CoSegData:
         return self.exhaustive
 
     def fact(self, i: int, kind: str) -> Any:
-        """What `FACTS` say of item i, computed of all items at once and kept on disk."""
+        """What `FACTS` say of item i, kept on disk until a file's size or time changes."""
         if not self.files:
             return picture_hash(self.image(i)) if kind == LOOKS else ""
         if kind not in self.facts:
-            self.facts[kind] = _read_facts(kind, self.files)
+            side, compute = FACTS[kind]
+            files = sorted({pair[side] for pair in self.files})
+            stats = [(f.stat(), str(f.absolute())) for f in files]
+            stamp = digest([[name, s.st_size, s.st_mtime_ns] for s, name in stats], 16)
+            make = partial(threaded, compute, files, f"reading files ({kind})")
+            values = kept(place("cache") / f"{kind}-{stamp}.json", make)
+            found = dict(zip(files, values, strict=True))
+            self.facts[kind] = [found[pair[side]] for pair in self.files]
         return self.facts[kind][i]
 
     def content(self, i: int) -> str:
@@ -142,13 +149,11 @@ class CoSegData:
 
     def complete(self) -> CoSegData:
         """This set; tells what was left out. Raises: LCCoError for missing or empty masks."""
-        for key, files in zip(self.keys, self.files, strict=True):
-            for file in files:
-                if not file.is_file():
-                    raise bad(file, "no such file", f"put it back or take `{key}` out of the set")
-        probed = range(0, len(self), max(1, len(self) // PROBED)) if self.layout != "voc" else ()
+        if missing := [file for pair in self.files for file in pair if not file.is_file()]:
+            raise bad(missing[0], "no such file", "put it back or take its picture out of the set")
+        probed = range(0, len(self), max(1, len(self) // 20)) if self.layout != "voc" else ()
         empty = [i for i in probed if not (self.mask(i, self.classes_of(i)) == 1).any()]
-        if len(empty) > len(probed) / 2:  # empty predictions would score well
+        if len(empty) > len(probed) / 2:
             what = f"no object pixel, as in {len(empty)} of {len(probed)} masks looked at"
             raise bad(self.files[empty[0]][1], what, "save the object as 255, outlines in pixels")
         for kind in dict.fromkeys(kind for kind, _, _ in self.left_out):
@@ -157,36 +162,22 @@ class CoSegData:
         return self
 
 
-def _read_facts(kind: str, files: Sequence[tuple[Path, Path]]) -> list[Any]:
-    """A fact of each item's file, kept on disk until a file's size or time changes."""
-    side, compute = FACTS[kind]
-    paths = sorted({pair[side] for pair in files})
-
-    def make() -> list[Any]:
-        with ThreadPoolExecutor(THREADS) as pool:
-            return list(progress(pool.map(compute, paths), f"reading files ({kind})", len(paths)))
-
-    stats = [(str(p.absolute()), p.stat()) for p in paths]
-    stamp = digest([[name, s.st_size, s.st_mtime_ns] for name, s in stats], 16)
-    found = dict(zip(paths, kept(place("cache") / f"{kind}-{stamp}.json", make), strict=True))
-    return [found[pair[side]] for pair in files]
-
-
-def _through(name: str) -> Callable[..., Any]:
-    """A method of a set, asked of the set that an item of a view comes from."""
-
-    def ask(self: View, i: int, *more: Any) -> Any:
-        data, j = self._items[i]
-        return getattr(data, name)(j, *more)
-
-    return ask
+def threaded(compute: Callable[[Any], Any], items: Sequence[Any], what: str) -> list[Any]:
+    """`compute(item)` of each item, in threads, telling how far it is."""
+    with ThreadPoolExecutor(max(2, min(8, os.cpu_count() or 2))) as pool:
+        return list(progress(pool.map(compute, items), what, len(items)))
 
 
 class View(CoSegData):
     """Items of one or several sets, read through them; groups of one class name become one."""
 
-    image, mask, grey_truth, labels_of, knows_all, fact, content = map(
-        _through, ("image", "mask", "grey_truth", "labels_of", "knows_all", "fact", "content")
+    def _ask(self, name: str, i: int, *more: Any) -> Any:
+        data, j = self._items[i]
+        return getattr(data, name)(j, *more)
+
+    image, mask, grey_truth, fact, content, classes_of, labels_of, knows_all = map(
+        partial(partialmethod, _ask),
+        ["image", "mask", "grey_truth", "fact", "content", "classes_of", "labels_of", "knows_all"],
     )
 
     def __init__(self, name: str, items: Sequence[tuple[CoSegData, int]]) -> None:
@@ -194,30 +185,18 @@ class View(CoSegData):
         if len(set(keys)) < len(keys):  # two sets may use the same names
             keys = [f"{data.name}:{data.keys[i]}" for data, i in items]
         if len(set(keys)) < len(keys):
-            twice = next(key for n, key in enumerate(keys) if key in keys[:n])
-            mend = "name each set once, and folders of equal names differently"
-            raise LCCoError(f"data `{name}` holds `{twice}` twice; {mend}")
+            what = f"holds `{max(keys, key=keys.count)}` twice"
+            raise bad(f"data `{name}`", what, "name each set once, and equal folders differently")
         super().__init__(name, "+".join(dict.fromkeys(data.layout for data, _ in items)), keys)
-
-    @cached_property
-    def groups(self) -> dict[str, tuple[int, ...]]:
-        groups: dict[str, list[int]] = defaultdict(list)
-        for n, (data, i) in enumerate(self._items):
-            for c in data.classes_of(i):
-                groups[c].append(n)
-        return {c: tuple(sorted(groups[c], key=self.keys.__getitem__)) for c in sorted(groups)}
 
 
 def folders_in(root: Path) -> dict[str, Path]:
-    """The folders in a folder by class, without hidden and system ones.
-
-    VOC's classes may be written apart (`Dining_Table`). Raises: LCCoError for two of one class.
-    """
+    """A folder's folders by class, in small letters. Raises: LCCoError for two of one class."""
     found: dict[str, Path] = {}
     for folder in sorted(root.iterdir()) if root.is_dir() else ():
         if folder.is_dir() and not pictures.is_system(folder.name):
             c = same_name(folder.name).strip().lower().removesuffix("100")  # Internet's `Horse100`
-            closed = re.sub(r"[ _-]", "", c)
+            closed = re.sub(r"[ _-]", "", c)  # `Dining_Table`
             c = closed if closed in VOC_CLASSES else c
             if (first := found.setdefault(c, folder)) is not folder:
                 raise bad(f"{first} and {folder}", f"both class `{c}`", "rename one")
@@ -274,17 +253,6 @@ class FolderData(CoSegData):
         if not self.keys:
             raise bad(root, "no class folder with pictures", "put some in")
 
-    @cached_property
-    def _labels(self) -> dict[str, frozenset[str]]:
-        found: dict[str, frozenset[str]] = defaultdict(frozenset)
-        for i in range(len(self)):
-            found[self.content(i)] |= self.classes_of(i)
-        return found
-
-    def labels_of(self, i: int) -> frozenset[str]:
-        """A picture that sits in two groups (107 of PASCAL1037's do) shows both classes."""
-        return self._labels[self.content(i)]
-
     def mask(self, i: int, classes: Collection[str]) -> np.ndarray:
         truth = self.files[i][1]
         grey = self.sized(i, pictures.read_mask(truth))
@@ -311,7 +279,7 @@ class VOCData(CoSegData):
         augmented = "Aug" if any("aug" in word for word in lists) else ""
         sides = root / "JPEGImages", root / f"SegmentationClass{augmented}"
         images, masks = map(by_stem, sides)
-        stems = {file.name: stem for stem, file in images.items()} | {s: s for s in images}
+        stems = {same_name(f.name): s for s, f in images.items()} | {s: s for s in images}
         found: dict[str, str] = {}
         for file in (root / "ImageSets" / "Segmentation" / f"{word}.txt" for word in lists):
             for line in read_lines(file):  # a name, with its ending, or an image's two paths
@@ -324,13 +292,8 @@ class VOCData(CoSegData):
         self.files = [(images.get(key, sides[0] / f"{key}.jpg"),
                        masks.get(key, sides[1] / f"{key}.png")) for key in found]  # fmt: skip
 
-    @cached_property
-    def groups(self) -> dict[str, tuple[int, ...]]:
-        order = sorted(range(len(self)), key=self.keys.__getitem__)
-        shares = [self.fact(i, "areas") for i in range(len(self))]
-        found = {c: tuple(i for i in order if shares[i].get(c, 0) >= VOC_MIN_SHARE)
-                 for c in VOC_CLASSES}  # fmt: skip
-        return {c: items for c, items in found.items() if items}
+    def classes_of(self, i: int) -> frozenset[str]:
+        return frozenset(c for c, n in self.fact(i, "areas").items() if n >= VOC_MIN_SHARE)
 
     def labels_of(self, i: int) -> frozenset[str]:
         return frozenset(self.fact(i, "areas"))
