@@ -74,8 +74,8 @@ def _look(data: CoSegData, i: int, looks: dict[int, str]) -> Iterator[Row]:
 def _alike(data: CoSegData, looks: Mapping[int, str], training: CoSegData | None) -> Iterator[Row]:
     """Pictures that are there twice, or in `training` too, by their hashes."""
     keys, hashes = [data.keys[i] for i in looks], list(looks.values())
-    for a, b in near_pairs(hashes, hashes):
-        if a < b:
-            yield "duplicate", keys[b], f"of {keys[a]}"
-    for a, b in near_pairs(hashes, training.hashes()) if training is not None else ():
+    first = {b: a for a, b in reversed(near_pairs(hashes, hashes)) if a < b}
+    for b in sorted(first):
+        yield "duplicate", keys[b], f"of {keys[first[b]]}"
+    for a, b in dict(near_pairs(hashes, training.hashes())).items() if training else ():
         yield "in training set", keys[a], f"as {training.keys[b]} of {training.name}"

@@ -51,8 +51,8 @@ def listing(folder: Path) -> tuple[list[Path], dict[str, list[str]]]:
         raise bad(folder, str(error.strerror), "give a folder with pictures") from None
     named = {e: e.suffix.lower() in ENDINGS for e in entries if not is_system(e.name)}
     found = [entry for entry, picture in named.items() if picture and entry.is_file()]
-    others = [e.name for e in named.keys() - set(found) if named[e] or not e.is_dir()]
-    return found, {"no picture files": sorted(others)} if others else {}
+    others = sorted((named[e], e.name) for e in {*named} - {*found} if named[e] or not e.is_dir())
+    return found, {"no picture files": [name for _, name in others]} if others else {}
 
 
 def pictures_in(folder: Path | str) -> list[Path]:
