@@ -53,6 +53,14 @@ def test_sampler_depends_on_seed_and_step_alone() -> None:
     assert len({tuple(f) for f in forward}) == 20
 
 
+def test_draws_do_not_depend_on_the_order_of_a_set() -> None:
+    """Several further classes that all share: Python orders sets of text anew in each process."""
+    data = Toy(["abc"] * 8 + ["ab", "ac", "ad"] * 3)
+    sampler = _sampler(data, group_size=3, paired=1.0)
+    draws = [[draw[:2] for draw in sampler.draws(step)] for step in range(50)]
+    assert digest(draws) == "13868bb59080"
+
+
 def test_seeds_share_no_draws() -> None:
     steps = {seed: [tuple(_sampler(seed=seed).draws(s)) for s in range(30)] for seed in range(4)}
     assert len({draws for found in steps.values() for draws in found}) == 120

@@ -331,7 +331,7 @@ def test_voc_faults(tmp_path: Path) -> None:
         load_data("voc_train")
     lists = root / "ImageSets/Segmentation/train.txt"
     lists.write_text("\n")
-    with _refused("no picture in train.txt"):
+    with _refused("its lists .train. are empty"):
         load_data("voc_train")
     lists.unlink()
     with _refused("train.txt: no such list"):

@@ -38,8 +38,8 @@ FACTS = {  # of a file, kept on disk: its place in `files`, and what is computed
 class CoSegData:
     """A set of pictures with masks, sorted into groups that share a class. Readers subclass it.
 
-    keys: item i's unique name. files: its picture and its mask; none if both are drawn.
-    groups: class → items, sorted by name. left_out: (kind, item, why) of what was passed over.
+    keys: item i's unique name. files: its picture and mask; none if drawn. groups: class → items,
+    sorted by key; a reader sets them or has its own `classes_of`. left_out: (kind, item, why).
     """
 
     exhaustive = True  # False: an item's truth knows one class only, others may be in the picture
@@ -103,7 +103,7 @@ class CoSegData:
         return self.exhaustive
 
     def fact(self, i: int, kind: str) -> Any:
-        """What `FACTS` say of item i, kept on disk until a file's size or time changes."""
+        """A value of `FACTS` for item i, kept on disk until a file's size or time changes."""
         if not self.files:
             return picture_hash(self.image(i)) if kind == LOOKS else ""
         if kind not in self.facts:
@@ -287,7 +287,7 @@ class VOCData(CoSegData):
                 if (first := found.setdefault(stems.get(word, word), line)) != line:
                     raise bad(file, f"`{first}` and `{line}` are one picture", "take one out")
         if not found:
-            raise bad(root, f"no picture in {' and '.join(lists)}.txt", "write one name a line")
+            raise bad(root, f"its lists ({', '.join(lists)}) are empty", "write one name a line")
         self.keys = tuple(found)
         self.files = [(images.get(key, sides[0] / f"{key}.jpg"),
                        masks.get(key, sides[1] / f"{key}.png")) for key in found]  # fmt: skip
