@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -14,8 +16,7 @@ from lcco.data.pictures import bad
 from lcco.data.sets import CoSegData
 
 Id = Annotated[int | str, Field(union_mode="left_to_right")]  # 7, 7.0 and "7" are one
-Pixels = Annotated[int, Field(gt=0, lt=100_000)]
-Polygon = list[Annotated[float, Field(gt=-100_000, lt=100_000)]]
+Pixels = Annotated[int, Field(gt=0, lt=10**5)]
 
 
 class _Image(BaseModel):
@@ -35,10 +36,11 @@ class _Runs(BaseModel):
     counts: str | list[Annotated[int, Field(ge=0)]]
 
 
-def _outlines(polygons: list[list[float]]) -> list[list[float]]:
+def _outlines(polygons: list[list]) -> list[list]:
     outlines = [points for points in polygons if len(points) >= 6]  # others have no area
-    if not outlines or any(len(points) % 2 for points in polygons):
-        raise ValueError("no outlines of 3 or more points")
+    near = all(math.isfinite(sum(p)) and max(map(abs, p)) < 10**5 for p in outlines)
+    if not outlines or not near or any(len(points) % 2 for points in outlines):
+        raise ValueError("no outlines of 3 or more points near the image")
     return outlines
 
 
@@ -46,7 +48,7 @@ class _Annotation(BaseModel):
     id: Id
     image_id: Id
     category_id: Id
-    segmentation: _Runs | Annotated[list[Polygon], AfterValidator(_outlines)]
+    segmentation: _Runs | Annotated[list[list], AfterValidator(_outlines)]
     area: Annotated[float, Field(ge=0)] = 0
     iscrowd: bool = False
 
@@ -71,8 +73,8 @@ class COCOData(CoSegData):
         fold = self.file.stem.removeprefix("instances_")
         folder = root / "images" / fold if (root / "images" / fold).is_dir() else root / fold
         try:
-            document = _Document.model_validate_json(self.file.read_text(encoding="utf-8-sig"))
-        except (OSError, ValueError) as error:
+            document = _Document(**json.loads(self.file.read_text(encoding="utf-8-sig")))
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             what = f"not a COCO instances file ({_told(error)})"
             raise bad(self.file, what, "export it again") from None
         objects: dict[str, list[tuple[str, _Image, _Annotation]]] = defaultdict(list)
@@ -108,7 +110,7 @@ class COCOData(CoSegData):
                     pixels = float(_decoded(found, image).sum())  # and the runs are looked over
                     found.area = found.area or pixels
                 usable.append((category.name, image, found))
-            except ValueError as error:
+            except (ValueError, TypeError) as error:
                 key = entry.get("id", f"no. {n}") if isinstance(entry, dict) else f"no. {n}"
                 self.left_out.append(("entry left out", f"annotation {key}", _told(error)))
         self._by("id", [found for _, _, found in usable])
