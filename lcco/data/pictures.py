@@ -136,7 +136,7 @@ def _eight_bits(image: np.ndarray | Image.Image) -> Image.Image:
 
 
 def read_mask(path: Path | str) -> np.ndarray:
-    """A mask file as grey uint8 [H, W], upright. Raises: LCCoError, for a cut-out with alpha too."""
+    """A mask file as grey uint8 [H, W], upright. Raises: LCCoError, also for a cut-out (alpha)."""
     image = _decoded(path)
     if image.mode[-1] in "Aa":
         if np.asarray(image)[..., -1].min() < 255:
