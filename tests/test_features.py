@@ -145,7 +145,7 @@ def test_edited_masks_are_read_anew(base):
     features, data = make_features(base, "cpu"), load_data(base.data.train)
     pair = (0, tuple(data.classes_of(0)))
     seen, said = features.truth(data, *pair), features.masked(data, [pair], "zero")
-    file = data.truth_path(0)
+    file = data.files[0][1]
     ImageOps.invert(Image.open(file).convert("L")).save(file)
     data = load_data(base.data.train)
     np.testing.assert_array_equal(features.truth(data, *pair), 1 - seen)

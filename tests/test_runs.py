@@ -33,7 +33,7 @@ def base(tmp_path) -> Experiment:
 
 def home(data) -> str:
     """The folder of a drawn set."""
-    return str(data.path(0).parents[2])
+    return str(data.files[0][0].parents[2])
 
 
 @pytest.fixture
@@ -233,7 +233,7 @@ def test_pictures_of_training_are_refused(base, tmp_path, other):
         run.evaluate(mine, "ufo", 3)
     assert run.evaluate(mine, "ufo", 3, allow_overlap=True)["ufo"].summary["images"] == 12
     assert run.overlap(other) == 0
-    shutil.copy(mine.path(0), other.path(0))  # by content, whatever its name
+    shutil.copy(mine.files[0][0], other.files[0][0])  # by content, whatever its name
     changed = load_data(home(other))
     with pytest.raises(LCCoError, match="was trained on 1 of the 6"):
         run.evaluate(changed, "ufo", 3)
@@ -254,14 +254,14 @@ def test_pictures_that_chose_the_weights_are_counted(base, tmp_path, other):
     assert run.evaluate(other, "ufo", 3)["ufo"].summary["images"] == 6
     more = load_data(str(drawn.folders(tmp_path, ["cow"], 2, name="more", first=900)))
     assert run.holdout_overlap(more) == 0
-    shutil.copy(other.path(0), more.path(0))
+    shutil.copy(other.files[0][0], more.files[0][0])
     assert run.holdout_overlap(load_data(home(more))) == 1
 
 
 def test_test_pictures_are_left_out_of_training_and_holdout(base, tmp_path):
     mine = load_data(base.data.train)
     test = drawn.folders(tmp_path, ["cow"], 2, name="test", first=700)
-    shutil.copy(mine.path(0), next((test / "image" / "cow").iterdir()))
+    shutil.copy(mine.files[0][0], next((test / "image" / "cow").iterdir()))
     e = base.replace({"data.without": [str(test)]})
     data, holdout = runs.training_data(e)
     assert len(data) == len(holdout) == len(mine) - 1 and mine.keys[0] not in data.keys
@@ -289,10 +289,10 @@ def test_what_a_start_was_trained_on_counts(base, tmp_path, capsys):
 def test_a_training_set_that_was_edited_since_is_noticed(base, other, what):
     run, mine = get_run(base), load_data(base.data.train)
     if what == "masks":
-        invert(mine.truth_path(0))
+        invert(mine.files[0][1])
     else:
-        mine.path(0).unlink()
-        mine.truth_path(0).unlink()
+        mine.files[0][0].unlink()
+        mine.files[0][1].unlink()
     said = f"{what} of set were edited since it was trained; put them back"
     with pytest.raises(LCCoError, match=said):
         get_run(base)

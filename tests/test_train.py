@@ -245,7 +245,7 @@ def test_bad_trainings_say_what_to_mend(base, tmp_path):
     checkpoint.write_bytes(whole)
     with pytest.raises(LCCoError, match="from other settings"):
         trainer(base.replace({"model.width": 32}), tmp_path / "b").fit()
-    file = load_data(base.data.train).truth_path(0)
+    file = load_data(base.data.train).files[0][1]
     ImageOps.invert(Image.open(file).convert("L")).save(file)
     with pytest.raises(LCCoError, match="checkpoint.pt: .* was edited since; remove it"):
         trainer(base, tmp_path / "b").fit()
