@@ -19,9 +19,8 @@ from lcco import config
 from lcco.common import LCCoError, Missing, file_digest, place
 from lcco.config import TRAINING_VERSION, Experiment, load_profile
 from lcco.data import load_data
-from lcco.experiment import runs
+from lcco.experiment import runs, train
 from lcco.experiment.evaluate import evaluate_all
-from lcco.experiment.features import _made
 from lcco.experiment.runs import environment, estimate, find_run, get_run, open_run
 from lcco.store import lock, read_json
 
@@ -66,21 +65,21 @@ def test_a_run_is_trained_once_and_its_record_says_what_made_it(base):
     assert record["weights_sha256"] == file_digest(run.weights, 64)
     assert run.weights.name == "best.safetensors"
     assert record["training"]["step"] == 2 and record["training"]["threads"] == 1
-    assert record["seconds"] > 0 and record["processes"] == 1 and record["peak_memory_mb"] > 10
+    assert record["seconds"] > 0 and record["processes"] == 1
     predictor = run.predictor()
     assert record["tower"] == predictor.features.tower.identity
     assert record["vocabulary_hash"] == predictor.vocabulary.hash
     assert list(run.log()["step"]) == [1, 2] and "holdout_J" in run.log()
     last = get_run(base.replace({"data.holdout": []}))
     assert last.weights.name == "last.safetensors" and last.record["holdout"] is None
-    (path / "record.json").write_text("{}")
-    with pytest.raises(LCCoError, match="record.json: damaged; remove"):
+    (path / "record.json").write_text("{")
+    with pytest.raises(LCCoError, match="record.json: damaged; delete it"):
         get_run(base)
 
 
 def test_a_training_on_several_machines_names_them_and_adds_up_its_seconds(base, monkeypatch):
     real, here = runs.Trainer.fit, environment()
-    monkeypatch.setattr(runs, "environment", lambda: here | {"device": "gpu a"})
+    monkeypatch.setattr(train, "environment", lambda: here | {"device": "gpu a"})
 
     def stopped(self):
         real(self, stop_at=1)
@@ -93,11 +92,11 @@ def test_a_training_on_several_machines_names_them_and_adds_up_its_seconds(base,
     saved = torch.load(checkpoint, weights_only=True)
     saved["state"]["seconds"] += 1000  # as if it had been long
     torch.save(saved, checkpoint)
-    monkeypatch.setattr(runs, "environment", lambda: here | {"device": "gpu b"})
+    monkeypatch.setattr(train, "environment", lambda: here | {"device": "gpu b"})
     record = get_run(base).record
     assert [e["device"] for e in record["begun_on"]] == ["gpu a"]
     assert record["environment"]["device"] == "gpu b"
-    assert 1000 < record["training"]["seconds"] < record["seconds"] < 1200
+    assert 1000 < record["seconds"] < 1200
 
 
 def test_a_copy_without_git_is_unknown_not_clean(monkeypatch, tmp_path):
@@ -183,7 +182,6 @@ def test_an_unwritable_store_is_one_line(base, tmp_path, monkeypatch):
     for name in ("LCCO_RUNS", "LCCO_CACHE"):
         with monkeypatch.context() as patch:
             patch.setenv(name, str(tmp_path / "file" / "store"))
-            _made.cache_clear()
             with pytest.raises(LCCoError, match=rf"cannot be written to .*set {name}") as error:
                 get_run(base)
             assert "\n" not in str(error.value)
@@ -222,7 +220,7 @@ def test_a_run_without_its_weights_still_tells_its_scores(base, other):
         file.unlink()
     again = open_run(run.path)
     assert again.evaluate(other, "ufo", 3) == once
-    with pytest.raises(Missing, match="weights `tiny-.*` not found: train it again"):
+    with pytest.raises(Missing, match="weights `last.safetensors` not found: there is no file"):
         again.evaluate(other, "native", 3)
 
 
@@ -293,7 +291,7 @@ def test_a_training_set_that_was_edited_since_is_noticed(base, other, what):
     else:
         mine.path(0).unlink()
         mine.truth_path(0).unlink()
-    said = f"{what} of set were edited since it was trained; put them back"
+    said = "pictures or masks of set were edited since it was trained; put them back"
     with pytest.raises(LCCoError, match=said):
         get_run(base)
     with pytest.raises(LCCoError, match=said):
@@ -308,7 +306,7 @@ def test_runs_are_opened_by_folder_name_and_file(base, other, tmp_path):
     run = get_run(base)
     assert open_run(run.path).record == open_run("tiny").record == run.record
     get_run(base.replace(seed=1))
-    with pytest.raises(LCCoError, match="several runs are called `tiny`: tiny-.*; give more"):
+    with pytest.raises(LCCoError, match="several runs are called `tiny`; .*: tiny-.*, tiny-"):
         open_run("tiny")
     begun = place("runs") / base.replace(seed=2).run_name
     tiny.trainer(base.replace(seed=2), begun).fit(stop_at=1)
