@@ -8,8 +8,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 from collections.abc import Iterable, Mapping
-from functools import reduce
-from operator import getitem
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -152,19 +150,23 @@ class Experiment(Settings):
 
     def flat(self) -> dict[str, Any]:
         """Every setting by its dotted name, as JSON has it."""
-        return flat(self.model_dump(mode="json"))
+        tree = self.model_dump(mode="json")
+        parts = {part: tree.pop(part) for part in [*tree] if isinstance(tree[part], dict)}
+        return tree | {f"{part}.{k}": v for part, own in parts.items() for k, v in own.items()}
 
     def replace(self, changes: Mapping[str, Any] | None = None, **top: Any) -> Experiment:
-        """A copy with dotted settings changed: `replace({"model.k": 3}, seed=1)`.
+        """A copy with settings changed: `replace({"model.k": 3, "loss": {"bce": 0.5}}, seed=1)`.
 
         Raises: LCCoError naming an unknown setting or a value that does not fit.
         """
-        known, tree = self.flat(), self.model_dump()
+        tree = self.model_dump()
+        parts = {key: value for key, value in tree.items() if isinstance(value, dict)}
         for key, value in {**(changes or {}), **top}.items():
-            if key not in known:
-                raise LCCoError(f"unknown setting `{key}`{nearest(key, known)}")
-            *parts, leaf = key.split(".")
-            reduce(getitem, parts, tree)[leaf] = value
+            part, _, name = key.rpartition(".")
+            if key in parts and isinstance(value, Mapping):
+                parts[key].update(value)
+            else:
+                parts.get(part, tree)[name] = value  # an unknown one is refused by what follows
         return typed(tree, Experiment)
 
 
@@ -184,15 +186,6 @@ class Profile(Settings):
     set_sizes: tuple[Positive, ...] = (1, 2, 3, 5, 8, 12, 16)  # in the test of more images
     choice_tests: Names = ()  # sets with pictures of two classes, for the group-choice test
     counts: dict[str, Positive] = {}  # how many pictures of a drawn test set
-
-
-def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """`{"seed": 1, "model": {"k": 5}}` → `{"seed": 1, "model.k": 5}`."""
-    out: dict[str, Any] = {}
-    for part, value in tree.items():
-        within = isinstance(value, Mapping)
-        out |= {f"{part}.{k}": v for k, v in value.items()} if within else {part: value}
-    return out
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -216,8 +209,6 @@ def typed(value: Any, kind: Any, key: str = "") -> Any:
 
     Raises: LCCoError naming the setting, what it is and must be.
     """
-    if kind is str and not isinstance(value, str):
-        raise LCCoError(f"`{key}` is {value!r}, not text; give it as `papermill -r {key} TEXT`")
     try:
         return TypeAdapter(kind).validate_python(value if kind is str else from_text(value))
     except ValidationError as error:
@@ -259,7 +250,7 @@ def load_profile(profile: str | Path, *seen: Path) -> Profile:
         own = typed(yaml.safe_load(path.read_text(encoding="utf-8")), dict, "settings")
         base = own.pop("base", None)
         base = load_profile(base, *seen, path.resolve()) if base else Profile(name="")
-        experiment = base.experiment.replace(flat(typed(own.pop("experiment", {}), dict)))
+        experiment = base.experiment.replace(typed(own.pop("experiment", {}), dict))
         tree = base.model_dump() | {"name": path.stem, "experiment": experiment}
         return typed(tree | own, Profile)
     except (UnicodeDecodeError, yaml.YAMLError) as error:

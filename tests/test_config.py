@@ -35,6 +35,8 @@ def test_an_experiment_survives_json():
     [
         ({"model.kk": 3}, "unknown setting `model.kk`; did you mean `model.k`"),
         ({"k": 3}, "unknown setting `k`; did you mean `model.k`"),
+        ({"seed.k": 3}, "unknown setting `k`"),
+        ({"model": 3}, "`model` is 3"),
         ({"model.k": 0}, "`model.k` is 0"),
         ({"model.k": 2.5}, "`model.k` is 2.5"),
         ({"train.lr": float("nan")}, "`train.lr` is nan"),
@@ -118,8 +120,11 @@ def test_parameters_become_what_they_are_declared(value, kind, want):
 
 @pytest.mark.parametrize(
     ("value", "kind", "said"),
-    [(7, str, "papermill -r p TEXT"), ("maybe", bool, "is 'maybe'"), ("[a]", list[int], "`p.0`")],
-)
+    [
+        (7, str, "`p` is 7: Input should be a valid string"), ("maybe", bool, "is 'maybe'"),
+        ("[a]", list[int], "`p.0`"),
+    ],
+)  # fmt: skip
 def test_parameters_of_another_type_are_one_line(value, kind, said):
     with pytest.raises(LCCoError) as error:
         typed(value, kind, "p")

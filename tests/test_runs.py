@@ -56,7 +56,8 @@ def test_a_run_is_trained_once_and_its_record_says_what_made_it(base):
     assert (path / "last.safetensors").stat().st_mtime_ns == stamp
     assert not (path / "checkpoint.pt").exists()
     record, data = run.record, load_data(base.data.train)
-    assert record["hash"] == base.hash and record["training_version"] == TRAINING_VERSION
+    assert Experiment(**record["experiment"]) == base
+    assert record["training_version"] == TRAINING_VERSION and "words" not in record
     here = record["environment"]
     assert {"commit", "dirty", "device", "threads", "python", "cores"} <= here.keys()
     assert torch.__version__.startswith(here["versions"]["torch"])
@@ -335,12 +336,8 @@ def test_an_estimate_is_of_the_right_order_and_keeps_nothing(base):
     model = tiny.trainer(base, Path("unused")).model
     learned = [p.numel() for n, p in model.named_parameters() if not n.startswith("backbone.")]
     assert found["trained parameters"] == sum(learned)
-    assert 0 < found["training seconds"] < 60 and found["estimated from"].endswith("machine")
+    assert 0 < found["training seconds"] < 60
     assert not list(place("runs").glob("*"))
-    run = get_run(base)
-    like = estimate(base.replace(seed=3))
-    assert like["estimated from"] == "a finished run like it"
-    assert like["training seconds"] == pytest.approx(run.record["seconds"], abs=0.01)
 
 
 def test_absent_test_sets_are_named(monkeypatch, tmp_path):

@@ -52,7 +52,7 @@ def test_resumed_training_gives_the_same_bits(base, tmp_path, frozen):
 
 @pytest.mark.parametrize("when", ["step", "save"])
 def test_stopped_anywhere_and_started_again_it_ends_in_the_same_bits(base, tmp_path, when):
-    """Between a checkpoint and the next, or when the log and the best weights are further."""
+    """Between a checkpoint and the next, or when the best weights are further."""
     e = base.replace({"train.steps": 6, "train.eval_every": 2})
     trainer(e, tmp_path / "whole").fit()
     one = trainer(e, tmp_path / "cut")
@@ -67,7 +67,7 @@ def test_stopped_anywhere_and_started_again_it_ends_in_the_same_bits(base, tmp_p
     setattr(one, when, cut)
     with pytest.raises(KeyboardInterrupt):
         one.fit()
-    assert [line["step"] for line in lines(tmp_path / "cut")] == ([2] if when == "step" else [2, 4])
+    assert [line["step"] for line in lines(tmp_path / "cut")] == [2]
     again = trainer(e, tmp_path / "cut")
     again.restore()
     assert again.state["step"] == 2
@@ -81,7 +81,7 @@ def test_a_start_from_nothing_leaves_nothing_of_one_before(base, tmp_path):
     (tmp_path / "a" / "checkpoint.pt").unlink()
     longer = base.replace({"train.eval_every": 6})
     trainer(longer, tmp_path / "a").fit(stop_at=4)
-    assert lines(tmp_path / "a") == [] and not (tmp_path / "a" / "best.safetensors").exists()
+    assert lines(tmp_path / "a") == []
     trainer(longer, tmp_path / "a").fit()
     assert [line["step"] for line in lines(tmp_path / "a")] == [6]
 
@@ -164,7 +164,7 @@ def test_averaged_weights_choose_the_checkpoint_as_they_are_scored_later(base, t
     one = trainer(e, tmp_path / "a")
     summary = one.fit()
     best = max(line["holdout_J"] for line in lines(tmp_path / "a"))
-    model = load_model(tmp_path / "a" / "best.safetensors", device="cpu")
+    model = load_model(tmp_path / "a" / "best.safetensors")
     assert holdout_score(model, one.holdout, 3) == summary["best"] == pytest.approx(best, abs=1e-6)
     assert read_about(tmp_path / "a" / "best.safetensors")["holdout_J"] == summary["best"]
     own, mean = trained_state(one.model), trained_state(one.averaged)
@@ -222,14 +222,14 @@ def test_bad_trainings_say_what_to_mend(base, tmp_path):
     checkpoint = tmp_path / "b" / "checkpoint.pt"
     whole = checkpoint.read_bytes()
     checkpoint.write_bytes(whole[:1000])
-    with pytest.raises(LCCoError, match=r"checkpoint.pt: damaged, .* remove it"):
+    with pytest.raises(LCCoError, match=r"checkpoint.pt: not a checkpoint .* remove it .*cut short"):
         trainer(base, tmp_path / "b").fit()
     checkpoint.write_bytes(whole)
-    with pytest.raises(LCCoError, match="from other settings"):
+    with pytest.raises(LCCoError, match="not a checkpoint of this training: remove it"):
         trainer(base.replace({"model.width": 32}), tmp_path / "b").fit()
     file = load_data(base.data.train).truth_path(0)
     ImageOps.invert(Image.open(file).convert("L")).save(file)
-    with pytest.raises(LCCoError, match="checkpoint.pt: .* was edited since; remove it"):
+    with pytest.raises(LCCoError, match="checkpoint.pt: .* remove it .*set was edited since"):
         trainer(base, tmp_path / "b").fit()
 
 
@@ -242,7 +242,7 @@ def saved(e: Experiment, path: Path) -> Path:
 
 def test_a_model_file_builds_itself_and_checks_what_it_is_tied_to(base, tmp_path):
     file, data = saved(base, tmp_path / "m.safetensors"), load_data(base.data.train)
-    one, again = load_model(file, device="cpu"), load_model(file, device="cpu")
+    one, again = load_model(file), load_model(file)
     items = list(data.groups["cow"])[:3]
     masks = one(data, items)
     assert masks.shape == (3, 64, 64) and (masks == again(data, items)).all()

@@ -60,18 +60,15 @@ class Predictor:
         images, maps = f.visual(data, items, keep=self.keep)
         if self.gt and cls is not None:
             target = torch.tensor([self.vocabulary.nearest(cls, f.tower)], device=device)
-        training = self.model.training
         self.model.eval().to(device)
         with deterministic(f):
-            out = self.model(
+            return self.model(
                 None if images is None else images[None].to(device),
                 f.embeddings(data, items, keep=self.keep)[None].to(device),
                 self.vocabulary.embeddings.to(device),
                 maps=maps and [m[None].to(device).float() for m in maps],
                 target=target, k=self.k, return_maps=return_maps,
             )  # fmt: skip
-        self.model.train(training)
-        return out
 
     def __call__(self, data: CoSegData, items: Sequence[int], cls: str | None = None) -> np.ndarray:
         """Mask probabilities [n, S, S] in 0..1 of one set of items."""
@@ -118,10 +115,10 @@ def save_model(
         save_file(tensors, part, {"lcco": json.dumps(about, sort_keys=True)})
 
 
-def load_model(path: str | Path, device: str | None = None) -> Predictor:
+def load_model(path: str | Path) -> Predictor:
     """The predictor in a model file. Raises: Missing without the file; LCCoError as `fill`."""
     experiment = read_experiment(read_about(path)["experiment"])
-    features = make_features(experiment, device)
+    features = make_features(experiment)
     vocabulary = make_vocabulary(features.tower, experiment.tower)
     model = build_model(experiment, features, vocabulary)
     fill(model, path, features, vocabulary)

@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import PartialState
 
 from lcco.backbones import model_file, read_about
 from lcco.common import LCCoError, Missing, digest, file_digest, place
@@ -23,7 +24,7 @@ from lcco.data import CoSegData, load_data
 from lcco.data.overlap import overlap
 from lcco.experiment.evaluate import CHOICE, Evaluation, evaluate_all, evaluate_choice
 from lcco.experiment.features import make_features
-from lcco.experiment.predictor import Predictor, load_model, read_experiment, trained_on
+from lcco.experiment.predictor import Predictor, load_model, read_experiment
 from lcco.experiment.train import Trainer, environment
 from lcco.semantics import make_vocabulary
 from lcco.store import kept, lock, read_json, write_json
@@ -31,31 +32,18 @@ from lcco.store import kept, lock, read_json, write_json
 if TYPE_CHECKING:
     import pandas as pd
 
-def _described(data: CoSegData | None) -> dict[str, Any] | None:
-    return data and {
-        "name": data.name, "images": len(data), "digest": data.digest(),
-        "masks": data.truth_digest(),
-    }  # fmt: skip
 
-
-# ---------------------------------------------------------------------------------- a finished run
 @dataclass
 class Run:
     """A finished training: its folder, settings and record, and what was measured of it.
 
-    file: its weights, where they lie elsewhere (the shipped model, or a file by its path).
+    weights: the best on the holdout, or without one the last; of a model file by its path that.
     """
 
     path: Path
     experiment: Experiment
-    record: dict[str, Any] = field(default_factory=dict)
-    file: Path | None = None
-
-    @property
-    def weights(self) -> Path:
-        """The model file: the best on the holdout, or without one the last."""
-        best = self.path / "best.safetensors"
-        return self.file or (best if best.is_file() else self.path / "last.safetensors")
+    record: dict[str, Any]
+    weights: Path
 
     def predictor(self, gt: bool = False, k: int | None = None) -> Predictor:
         """The model ready to segment. Raises: Missing without its weights."""
@@ -96,14 +84,14 @@ class Run:
             return read_json(file)
         self.check()
         seen, unknown = {"train": set(), "holdout": set()}, ""
-        for part in self.record["trained_on"]:
+        for n, part in enumerate(self.record["trained_on"]):
             how = {"without": part.get("without", ()), "counts": part.get("counts")}
             try:
                 for kind in [kind for kind in seen if part.get(kind)]:
                     seen[kind] |= {j for _, j in overlap(load_data(part[kind], **how), test)}
             except LCCoError as error:
                 unknown = f"whether {self.path.name} has seen {test.name} is unknown: {error}"
-                if part is self.record["trained_on"][0] and not self.file:
+                if n == 0 and self.weights.parent == self.path:  # not of a start, or from elsewhere
                     raise LCCoError(unknown) from None
                 print(unknown, file=sys.stderr)
         counts = {kind: len(pictures) for kind, pictures in seen.items()}
@@ -126,13 +114,12 @@ class Run:
             raise LCCoError(f"{self.path.name} {what}; {mend}")
         files = {p: self._file(f"{p}-{group_size}", test, gt, k) for p in protocols}
         if missing := [p for p in protocols if not files[p].is_file()]:
-            predictor, about = self.predictor(gt, k), {"scored_by": environment()}
-            about["scored_on"] = _described(test)
+            predictor = self.predictor(gt, k)
             predictor.features.prepare(test)
             plain = [p for p in missing if p not in CHOICE]
             found = evaluate_all(predictor, test, plain, group_size) if plain else {}
-            if len(plain) < len(missing):
-                found |= evaluate_choice(predictor, test, group_size)
+            found |= evaluate_choice(predictor, test, group_size) if plain != missing else {}
+            about = {"scored_by": environment(), "scored_on": _described(test)}
             for p in missing:
                 write_json(files[p], about | {"evaluation": asdict(found[p])})
         return {p: Evaluation(**read_json(file)["evaluation"]) for p, file in files.items()}
@@ -147,7 +134,14 @@ class Run:
         return self.path / "evaluations" / f"{data.name}-{name}-{key}.json".replace("/", "_")
 
 
-# ---------------------------------------------------------------------------------- the run store
+def _described(data: CoSegData | None) -> dict[str, Any] | None:
+    return data and {
+        "name": data.name, "images": len(data), "digest": data.digest(),
+        "masks": data.truth_digest(),
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------- data
 def training_data(experiment: Experiment) -> tuple[CoSegData, CoSegData | None]:
     """The training set and the holdout; what `data.without` names is left out of both."""
     d = experiment.data
@@ -166,14 +160,13 @@ def load_tests(profile: Profile, names: Sequence[str]) -> dict[str, CoSegData | 
     return out
 
 
+# ---------------------------------------------------------------------------------- trained now
 def get_run(experiment: Experiment) -> Run:
     """The run of an experiment: found, gone on with if it was interrupted, else trained now.
 
     Processes that ask for the same run train it once; those of one `accelerate launch` together.
     Raises: LCCoError also where what it was trained on was edited since.
     """
-    from accelerate import PartialState
-
     path = place("runs") / experiment.run_name
     team = PartialState(cpu=not torch.cuda.is_available())
     with contextlib.ExitStack() as held:
@@ -201,60 +194,55 @@ def _trainer(experiment: Experiment, path: Path) -> Trainer:
 
 def _train(experiment: Experiment, path: Path) -> None:
     trainer = _trainer(experiment, path)
-    summary, run = trainer.fit(), Run(path, experiment)
+    summary = trainer.fit()
     if not trainer.accelerator.is_main_process:
         return
     *before, here = summary.pop("machines")
-    write_json(path / "record.json", {
-        "experiment": experiment.model_dump(mode="json"), "hash": experiment.hash,
-        "training_version": TRAINING_VERSION, "environment": here, "begun_on": before,
-        "data": _described(trainer.data), "holdout": _described(trainer.holdout),
-        "trained_on": trained_on(experiment), "tower": trainer.features.tower.identity,
-        "backbone": trainer.features.backbone.identity,
-        "vocabulary_hash": trainer.vocabulary.hash, "weights": run.weights.name,
-        "weights_sha256": file_digest(run.weights, 64), "seconds": round(summary["seconds"], 1),
+    best, last = path / "best.safetensors", path / "last.safetensors"
+    write_json(path / "record.json", _about(best if best.is_file() else last) | {
+        "environment": here, "begun_on": before, "data": _described(trainer.data),
+        "holdout": _described(trainer.holdout), "seconds": round(summary["seconds"], 1),
         "processes": trainer.accelerator.num_processes, "training": summary,
     })  # fmt: skip
     trainer.checkpoint.unlink(missing_ok=True)  # only now: a kill before this loses nothing
 
 
-def estimate(experiment: Experiment) -> dict[str, Any]:
-    """What a training will be: its sizes, and its seconds beside embedding the pictures once.
+def _about(file: Path) -> dict[str, Any]:
+    """What a record takes from a model file: settings, training sets, the frozen parts' hashes."""
+    about = read_about(file)
+    del about["words"]
+    own = {"trained_on": [about["experiment"]["data"]]}  # of older files
+    return own | about | {"weights": file.name, "weights_sha256": file_digest(file, 64)}
 
-    They are those of a finished run that differs in its seed alone, else of three steps on a few
-    pictures. Raises: LCCoError for what training would refuse.
+
+def estimate(experiment: Experiment) -> dict[str, Any]:
+    """What a training will be: its sizes, and the seconds of its steps, from three on few pictures.
+
+    Raises: LCCoError for what training would refuse.
     """
-    e, trainer = experiment, _trainer(experiment, place("runs") / experiment.run_name)
-    runs = [_stored(f.parent) for f in place("runs").glob(f"{e.name}-*/record.json")]
-    alike = [run for run in runs if run.experiment.replace(seed=e.seed) == e]
-    seconds = alike[0].record["seconds"] if alike else _timed(trainer)
+    e, t = experiment, _trainer(experiment, place("runs") / experiment.run_name)
+    few = t.data.subset(range(min(20, len(t.data))), f"20 pictures of {t.data.name}")
+    with TemporaryDirectory() as folder:
+        short = Trainer(e, Path(folder), t.features, t.vocabulary, few, None)
+        first, last = short.fit(stop_at=1), short.fit(stop_at=4)  # the first step warms up
+    each = (last["seconds"] - first["seconds"]) / max(1, last["step"] - 1)
     return {
-        "run": e.run_name, "images": len(trainer.data), "trained parameters": trainer.learned,
+        "run": e.run_name, "images": len(t.data), "trained parameters": t.learned,
         "steps": e.train.steps, "images a step": e.data.groups * e.data.group_size,
-        "training seconds": round(seconds, 2),
-        "estimated from": "a finished run like it" if alike else "three steps on this machine",
+        "training seconds": round(each * e.train.steps, 2),
     }  # fmt: skip
 
 
-def _timed(t: Trainer) -> float:
-    few = t.data.subset(range(min(20, len(t.data))), f"20 pictures of {t.data.name}")
-    with TemporaryDirectory() as folder:
-        short = Trainer(t.experiment, Path(folder), t.features, t.vocabulary, few, None)
-        first, last = short.fit(stop_at=1), short.fit(stop_at=4)  # the first step warms up
-    seconds = last["seconds"] - first["seconds"]
-    return seconds / max(1, last["step"] - 1) * t.experiment.train.steps
-
-
-# ---------------------------------------------------------------------------------- finding runs
-def _stored(path: Path) -> Run:
-    record = read_json(path / "record.json")
-    return Run(path, read_experiment(record["experiment"]), record)
-
-
+# ---------------------------------------------------------------------------------- found again
 def find_run(experiment: Experiment) -> Run | None:
     """The finished run of an experiment, if there is one."""
     path = place("runs") / experiment.run_name
     return _stored(path) if (path / "record.json").is_file() else None
+
+
+def _stored(path: Path) -> Run:
+    record = read_json(path / "record.json")
+    return Run(path, read_experiment(record["experiment"]), record, path / record["weights"])
 
 
 def open_run(name: str | Path) -> Run:
@@ -264,12 +252,11 @@ def open_run(name: str | Path) -> Run:
     """
     path = Path(name).expanduser()
     if str(name) == "shipped" or path.is_file():  # its scores are kept in the run store
-        about, sha = read_about(model_file(str(name))), file_digest(model_file(str(name)), 64)
-        record = {"trained_on": [about["experiment"]["data"]]} | about | {"weights_sha256": sha}
-        path = place("runs") / f"{model_file(str(name)).stem}-{sha[:10]}"
-        return Run(path, read_experiment(about["experiment"]), record, model_file(str(name)))
+        record = _about(file := model_file(str(name)))
+        path = place("runs") / f"{file.stem}-{record['weights_sha256'][:10]}"
+        return Run(path, read_experiment(record["experiment"]), record, file)
     if not path.is_dir():
-        done = sorted(file.parent for file in place("runs").glob("*/record.json"))
+        done = sorted(record.parent for record in place("runs").glob("*/record.json"))
         found = [p for p in done if p.name.startswith(str(name))]
         # A run of older code stands back behind one of the same name made by this code.
         found = [p for p in found if _stored(p).experiment.run_name == p.name] or found

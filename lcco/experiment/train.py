@@ -22,7 +22,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 
 from lcco import __version__
-from lcco.backbones import model_file
+from lcco.backbones import model_file, reading
 from lcco.common import LCCoError, progress
 from lcco.config import Experiment
 from lcco.data import CoSegData, GroupSampler
@@ -114,10 +114,10 @@ class Trainer:
         # What is validated and saved: the weights' moving average, or the weights themselves.
         self.averaged = deepcopy(self.model) if experiment.train.ema else self.model
         self.net, self.optimizer = a.prepare(self.model, self._optimizer())
-        names = {"group_size", "class_sampling", "paired", "absent", "flip", "crop"}
-        how, groups = experiment.data.model_dump(include=names), experiment.data.groups
-        groups *= a.num_processes
-        self.sampler = GroupSampler(data, groups=groups, seed=experiment.seed, **how)
+        names = {"groups", "group_size", "class_sampling", "paired", "absent", "flip", "crop"}
+        how = experiment.data.model_dump(include=names) | {"seed": experiment.seed}
+        how["groups"] *= a.num_processes
+        self.sampler = GroupSampler(data, **how)
         self.mine = slice(a.process_index, None, a.num_processes)  # of a step's groups
         self.text = vocabulary.embeddings.to(a.device)
         self.learned = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
@@ -145,6 +145,8 @@ class Trainer:
         of data that were edited since, and where the loss is not finite.
         """
         self.restore()
+        here, before = environment(), self.state["machines"]
+        self.state["machines"] = [one for one in before if one != here] + [here]
         e, steps = self.experiment, self.experiment.train.steps
         background = e.loss.mask_background if self.source == "tower" else None
         self.features.prepare(self.data, flip=e.data.flip, background=background)
@@ -240,15 +242,9 @@ class Trainer:
         if due and self.holdout:
             line["holdout_J"] = self.validate()
         self.log.append({k: round(v, 6) for k, v in line.items()})
-        self._write_log()
         if line.get("holdout_J", -1.0) > self.state["best"]:
             self.state |= {"best": line["holdout_J"], "best_step": step}
             self._save_weights("best", line["holdout_J"])
-
-    def _write_log(self) -> None:
-        if self.accelerator.is_main_process:
-            text = "".join(f"{json.dumps(line)}\n" for line in self.log)
-            write_text(self.folder / "metrics.jsonl", text)
 
     def _save_weights(self, name: str, J: float | None = None) -> None:
         if self.accelerator.is_main_process:
@@ -257,30 +253,24 @@ class Trainer:
             save_model(file, state, self.experiment, self.features, self.vocabulary, **about)
 
     def save(self) -> None:
-        """Write the checkpoint that `restore` reads."""
+        """Write the log, and the checkpoint that `restore` reads."""
         if self.accelerator.is_main_process:
             own = {"model": trained_state(self.model), "averaged": trained_state(self.averaged)}
             own |= {"optimizer": self.optimizer.state_dict(), "data": self.data.identity()}
             with atomic_path(self.checkpoint) as part:
                 torch.save(own | {"state": self.state, "log": self.log}, part)
+            lines = [f"{json.dumps(line)}\n" for line in self.log]
+            write_text(self.folder / "metrics.jsonl", "".join(lines))
 
     def restore(self) -> None:
-        """Take up the checkpoint, if there is one, and the log as it was then."""
-        if self.checkpoint.is_file():
-            try:
-                saved = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-                self.model.load_state_dict(saved["model"], strict=False)
-                self.averaged.load_state_dict(saved["averaged"], strict=False)
-                self.optimizer.load_state_dict(saved["optimizer"])
-                self.state, self.log, data = saved["state"], saved["log"], saved["data"]
-            except Exception as error:  # zip, pickle and shape errors all mean the same to a user
-                what = f"damaged, or from other settings ({type(error).__name__})"
-                raise LCCoError(f"{self.checkpoint}: {what}; remove it and start again") from None
-            if data != self.data.identity():
-                what = f"{self.data.name} was edited since; remove it and start again"
-                raise LCCoError(f"{self.checkpoint}: {what}")
-        elif self.accelerator.is_main_process:  # of a start that was given up
-            (self.folder / "best.safetensors").unlink(missing_ok=True)
-        self._write_log()
-        here = environment()
-        self.state["machines"] = [m for m in self.state["machines"] if m != here] + [here]
+        """Take up the checkpoint, if there is one. Raises: LCCoError for one of something else."""
+        if not self.checkpoint.is_file():
+            return
+        with reading(self.checkpoint, "a checkpoint of this training: remove it to start again"):
+            saved = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+            self.model.load_state_dict(saved["model"], strict=False)
+            self.averaged.load_state_dict(saved["averaged"], strict=False)
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.state, self.log = saved["state"], saved["log"]
+            if saved["data"] != self.data.identity():
+                raise ValueError(f"{self.data.name} was edited since")
