@@ -36,11 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if end.code != 130:
             return end.code
         code, said = 130, "interrupted; give the same command again and it goes on"
-    except LCCoError as error:
-        said = str(error)
-    except OSError as error:
-        said = error.strerror or str(error) or type(error).__name__
-        said = f"{error.filename}: {said}" if error.filename else said
+    except (LCCoError, OSError) as error:
+        said = str(error) or type(error).__name__
     print(f"lcco: {one_line(said)}", file=sys.stderr)
     return code
 
@@ -106,14 +103,10 @@ def evaluate(
     import pandas as pd
 
     from lcco.data import load_data
-    from lcco.experiment.evaluate import CHOICE
     from lcco.experiment.runs import open_run
     from lcco.experiment.tables import scores
-    from lcco.metrics import PROTOCOLS
 
-    protocols, known = [p.strip() for p in protocol.split(",")], [*PROTOCOLS, *CHOICE]
-    if unknown := [p for p in protocols if p not in known]:
-        raise LCCoError(f"no protocol `{unknown[0]}`; there are: {', '.join(known)}")
+    protocols = [p.strip() for p in protocol.split(",")]
     model, test = open_run(run), load_data(data)
     found = model.evaluate(test, protocols, group_size, allow_overlap=allow_overlap)
     what = f"{model.overlap(test)} of {len(test)} pictures are in the training data"

@@ -157,8 +157,13 @@ MUTANTS = {
     ],
     COCO: [("if not found.crowd and found.area", "if found.area")],
     PICTURES: [("size, crop, Image.Resampling.NEAREST)", "size, crop, Image.Resampling.BILINEAR)")],
-    FEATURES: [("t[:, ::-1] if flip else t", "t if flip else t")],
+    FEATURES: [
+        ("s[:, ::-1] if flip else s", "s if flip else s"),
+        ("[i % IN_A_FILE]", "[0]"),
+        ("vectors[~np.array(shown, bool)] = 0", "pass"),
+    ],
     TRAIN: [
+        ("t[:, ::-1] if flip else t", "t if flip else t"),
         ("HALVE_EVERY = 20_000", "HALVE_EVERY = 10_000"),
         ("0.5 * (1 + math.cos(", "0.5 * (1 - math.cos("),
         ("return (step + 1) / t.warmup", "return step / t.warmup"),
@@ -172,7 +177,7 @@ MUTANTS = {
         ("min(self.experiment.train.ema, step / (9 + step))", "self.experiment.train.ema"),
         ("Predictor(self.averaged, self", "Predictor(self.model, self"),
         ('.safetensors", trained_state(self.averaged)', '.safetensors", trained_state(self.model)'),
-        ('-1.0) > self.state["best"]', '-1.0) < self.state["best"]'),
+        ('score > self.state["best"]', 'score < self.state["best"]'),
         ('enabled=e.train.precision == "bf16"', "enabled=False"),
         ('"lambda_cs", "lambda_c", "lc_reduction"', '"lambda_cs", "lc_reduction"'),
         ('self.optimizer.load_state_dict(saved["optimizer"])', "pass"),

@@ -1,7 +1,6 @@
-"""What is kept of sets is what the frozen parts say, and a batch is what the draws say."""
+"""What is kept of sets is what the frozen parts say."""
 
 import shutil
-from dataclasses import replace
 
 import drawn
 import numpy as np
@@ -12,9 +11,8 @@ from PIL import Image, ImageOps
 
 from lcco.common import place
 from lcco.config import Experiment
-from lcco.data import Draw, load_data
-from lcco.experiment.features import Features, batch, make_features
-from lcco.semantics import make_vocabulary
+from lcco.data import load_data
+from lcco.experiment.features import Features, make_features
 
 
 @pytest.fixture
@@ -64,41 +62,6 @@ def test_a_live_backbone_gets_the_pictures(base):
     cut = features.truth(data, 2, ("cow",), (0.25, 0, 0.75, 0.5))
     mask = Image.fromarray(data.mask(2, ["cow"])).resize((64, 64), 0, (12, 0, 36, 16))
     np.testing.assert_array_equal(cut, np.array(mask))
-
-
-def test_a_batch_is_what_the_draws_say(base):
-    features, data = make_features(base, "cpu"), load_data(base.data.train)
-    vocabulary = make_vocabulary(features.tower, base.tower)
-    cow, dog = data.groups["cow"], data.groups["dog"]
-    draws = [
-        Draw(("cow",), tuple(cow[:2]), (False,) * 2, (None,) * 2),
-        Draw(("dog",), tuple(dog[:2]), (True, False), (None,) * 2),
-    ]
-    made = batch(features, vocabulary, data, draws, v_gt="tower", background="zero")
-    for b, n, i, flip in ((0, 1, cow[1], False), (1, 0, dog[0], True)):
-        np.testing.assert_array_equal(made["truth"][b, n], plain(data, i, 64, flip)[1])
-        one = features.tower.encode_images([data.image(i)])[0]
-        torch.testing.assert_close(made["embeddings"][b, n], one)
-        _, maps = features.visual(data, [i], [flip])
-        assert all(torch.equal(m[b, n], x[0]) for m, x in zip(made["maps"], maps, strict=True))
-    # v^gt by hand: the masked pictures through the tower, summed over the group
-    masked = []
-    for i in cow[:2]:
-        pixels = np.array(data.image(i))
-        pixels[data.mask(i, ["cow"]) != 1] = 0
-        masked.append(Image.fromarray(pixels))
-    sums = (features.tower.encode_images(masked) @ vocabulary.embeddings.T).sum(0)
-    assert made["true"][0] == sums.argmax()
-    # or by name: unknown where the images share several, or the vocabulary has no such word
-    both = Draw(("cow", "dog"), tuple(cow[:2]), (False,) * 2, (None,) * 2)
-    named = batch(features, vocabulary, data, [*draws, both], v_gt="name", background="zero")
-    words = vocabulary.words
-    assert named["true"].tolist() == [words.index("cow"), words.index("dog"), -1]
-    fewer = replace(vocabulary, words=("dog", "boat", "car", "hat"))
-    named = batch(features, fewer, data, draws, v_gt="name", background="zero")
-    assert named["true"].tolist() == [-1, 0]
-    none = batch(features, vocabulary, data, draws, v_gt=None, background="zero")
-    assert none["true"] is None
 
 
 def test_masked_embeddings_of_what_a_group_seldom_asks_for(base):

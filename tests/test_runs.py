@@ -19,7 +19,7 @@ from lcco import config
 from lcco.common import LCCoError, Missing, file_digest, place
 from lcco.config import TRAINING_VERSION, Experiment, load_profile
 from lcco.data import load_data
-from lcco.experiment import runs, train
+from lcco.experiment import predictor, runs, train
 from lcco.experiment.evaluate import evaluate_all
 from lcco.experiment.runs import environment, estimate, find_run, get_run, open_run
 from lcco.store import lock, read_json
@@ -49,7 +49,7 @@ def invert(file: Path) -> None:
 def test_a_run_is_trained_once_and_its_record_says_what_made_it(base):
     assert find_run(base) is None
     path = place("runs") / base.run_name
-    tiny.trainer(base, path).fit(stop_at=1)  # as if interrupted
+    train.Trainer(base, path).fit(stop_at=1)  # as if interrupted
     run = get_run(base)
     stamp = (path / "last.safetensors").stat().st_mtime_ns
     assert get_run(base).record == run.record == find_run(base).record
@@ -65,7 +65,7 @@ def test_a_run_is_trained_once_and_its_record_says_what_made_it(base):
     assert record["data"]["masks"] == record["holdout"]["masks"] == data.truth_digest()
     assert record["weights_sha256"] == file_digest(run.weights, 64)
     assert run.weights.name == "best.safetensors"
-    assert record["training"]["step"] == 2 and record["training"]["threads"] == 1
+    assert record["training"]["step"] == 2 and here["threads"] == 1
     assert record["seconds"] > 0 and record["processes"] == 1
     predictor = run.predictor()
     assert record["tower"] == predictor.features.tower.identity
@@ -167,8 +167,8 @@ def test_two_processes_train_one_model_together(base, tmp_path):
 def test_runs_of_older_code_are_not_taken_for_new_ones(base, monkeypatch, capsys):
     old = get_run(base)
     with monkeypatch.context() as patch:
-        patch.setattr(config, "TRAINING_VERSION", TRAINING_VERSION + 1)
-        patch.setattr(runs, "TRAINING_VERSION", TRAINING_VERSION + 1)
+        for module in (config, predictor, runs):
+            patch.setattr(module, "TRAINING_VERSION", TRAINING_VERSION + 1)
         assert find_run(base) is None
         assert open_run("tiny").path == old.path
         assert "trained by an older version of the code" in capsys.readouterr().err
@@ -249,12 +249,12 @@ def test_pictures_of_training_are_refused(base, tmp_path, other):
 def test_pictures_that_chose_the_weights_are_counted(base, tmp_path, other):
     """They are no pictures of training, so a score is given; its row gets a note."""
     run = get_run(base.replace({"data.holdout": [home(other)]}))
-    assert (run.overlap(other), run.holdout_overlap(other)) == (0, 6)
+    assert (run.overlap(other), run.overlap(other, "holdout")) == (0, 6)
     assert run.evaluate(other, "ufo", 3)["ufo"].summary["images"] == 6
     more = load_data(str(drawn.folders(tmp_path, ["cow"], 2, name="more", first=900)))
-    assert run.holdout_overlap(more) == 0
+    assert run.overlap(more, "holdout") == 0
     shutil.copy(other.path(0), more.path(0))
-    assert run.holdout_overlap(load_data(home(more))) == 1
+    assert run.overlap(load_data(home(more)), "holdout") == 1
 
 
 def test_test_pictures_are_left_out_of_training_and_holdout(base, tmp_path):
@@ -266,7 +266,7 @@ def test_test_pictures_are_left_out_of_training_and_holdout(base, tmp_path):
     assert len(data) == len(holdout) == len(mine) - 1 and mine.keys[0] not in data.keys
     run = get_run(e)
     test = load_data(str(test))
-    assert run.overlap(test) == run.holdout_overlap(test) == 0
+    assert run.overlap(test) == run.overlap(test, "holdout") == 0
     assert run.record["data"]["images"] == 11
 
 
@@ -277,7 +277,7 @@ def test_what_a_start_was_trained_on_counts(base, tmp_path, capsys):
     run = get_run(base.replace(changes))
     with pytest.raises(LCCoError, match="was trained on 12 of the 12"):
         run.evaluate(load_data(base.data.train), "ufo", 3)
-    assert run.holdout_overlap(load_data(base.data.train)) == 12
+    assert run.overlap(load_data(base.data.train), "holdout") == 12
     shutil.rmtree(base.data.train[0])  # on another machine it cannot be looked at, and says so
     new = load_data(str(drawn.folders(tmp_path, ["cow"], 3, name="new", first=90)))
     assert open_run(run.path).overlap(new) == 0
@@ -310,7 +310,7 @@ def test_runs_are_opened_by_folder_name_and_file(base, other, tmp_path):
     with pytest.raises(LCCoError, match="several runs are called `tiny`; .*: tiny-.*, tiny-"):
         open_run("tiny")
     begun = place("runs") / base.replace(seed=2).run_name
-    tiny.trainer(base.replace(seed=2), begun).fit(stop_at=1)
+    train.Trainer(base.replace(seed=2), begun).fit(stop_at=1)
     with pytest.raises(LCCoError, match="holds no finished run"):
         open_run(begun)
     file = tmp_path / "mine.safetensors"
@@ -333,7 +333,7 @@ def test_the_shipped_model_is_a_run_and_is_scored(other, capsys):
 def test_an_estimate_is_of_the_right_order_and_keeps_nothing(base):
     found = estimate(base)
     assert (found["images"], found["steps"], found["images a step"]) == (12, 2, 6)
-    model = tiny.trainer(base, Path("unused")).model
+    model = train.Trainer(base, Path("unused")).model
     learned = [p.numel() for n, p in model.named_parameters() if not n.startswith("backbone.")]
     assert found["trained parameters"] == sum(learned)
     assert 0 < found["training seconds"] < 60

@@ -1,6 +1,7 @@
 """The training loop: the same bits every time, resumed or not; what it learns, logs and refuses."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import drawn
@@ -10,20 +11,21 @@ import tiny
 import torch
 from PIL import Image, ImageOps
 from safetensors.torch import save_file
-from tiny import same, trainer, weights
+from tiny import same, weights
 
 from lcco.backbones import model_file, read_about, read_tensors
 from lcco.common import LCCoError
 from lcco.config import Experiment
-from lcco.data import load_data
+from lcco.data import Draw, load_data
 from lcco.experiment.predictor import (
+    Predictor,
     load_model,
     read_experiment,
     save_model,
     trained_on,
     trained_state,
 )
-from lcco.experiment.train import holdout_score, learning_rate
+from lcco.experiment.train import Trainer, holdout_score, learning_rate
 
 
 @pytest.fixture
@@ -35,18 +37,55 @@ def lines(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def test_a_batch_is_what_the_draws_say(base, tmp_path):
+    one = Trainer(base, tmp_path / "a")
+    features, data, words = one.features, one.data, one.vocabulary.words
+    cow, dog = data.groups["cow"], data.groups["dog"]
+    draws = [
+        Draw(("cow",), tuple(cow[:2]), (False,) * 2, (None,) * 2),
+        Draw(("dog",), tuple(dog[:2]), (True, False), (None,) * 2),
+    ]
+    one.sampler.draws = lambda step: draws
+    made = one.batch(0)
+    for b, n, i, flip in ((0, 1, cow[1], False), (1, 0, dog[0], True)):
+        mask = Image.fromarray(data.mask(i, data.classes_of(i))).resize((64, 64), 0)
+        mask = ImageOps.mirror(mask) if flip else mask
+        np.testing.assert_array_equal(made["truth"][b, n], np.array(mask))
+        embedding = features.tower.encode_images([data.image(i)])[0]
+        torch.testing.assert_close(made["embeddings"][b, n], embedding)
+        _, maps = features.visual(data, [i], [flip])
+        assert all(torch.equal(m[b, n], x[0]) for m, x in zip(made["maps"], maps, strict=True))
+    # v^gt by hand: the masked pictures through the tower, summed over the group
+    masked = []
+    for i in cow[:2]:
+        pixels = np.array(data.image(i))
+        pixels[data.mask(i, ["cow"]) != 1] = 0
+        masked.append(Image.fromarray(pixels))
+    sums = (features.tower.encode_images(masked) @ one.vocabulary.embeddings.T).sum(0)
+    assert made["true"][0] == sums.argmax()
+    # or by name: unknown where the images share several, or the vocabulary has no such word
+    named = Trainer(base.replace({"loss.v_gt": "name"}), tmp_path / "b")
+    both = Draw(("cow", "dog"), tuple(cow[:2]), (False,) * 2, (None,) * 2)
+    named.sampler.draws = lambda step: [*draws, both]
+    assert named.batch(0)["true"].tolist() == [words.index("cow"), words.index("dog"), -1]
+    named.vocabulary = replace(named.vocabulary, words=("dog", "boat", "car", "hat"))
+    assert named.batch(0)["true"].tolist() == [-1, 0, -1]
+    free = Trainer(base.replace({"loss.lambda_c": 0.0}), tmp_path / "c")
+    assert free.batch(0)["true"] is None
+
+
 # ------------------------------------------------------------------------------------ going on
 @pytest.mark.parametrize("frozen", [4, 0])
 def test_resumed_training_gives_the_same_bits(base, tmp_path, frozen):
     e = base.replace({"model.frozen_stages": frozen})
-    trainer(e, tmp_path / "whole").fit()
-    trainer(e, tmp_path / "parts").fit(stop_at=3)
+    Trainer(e, tmp_path / "whole").fit()
+    Trainer(e, tmp_path / "parts").fit(stop_at=3)
     assert not (tmp_path / "parts" / "last.safetensors").exists()
-    assert trainer(e, tmp_path / "parts").fit()["step"] == 6
+    assert Trainer(e, tmp_path / "parts").fit()["step"] == 6
     for name in ("last", "best"):
         assert same(weights(tmp_path / "whole", name), weights(tmp_path / "parts", name))
     assert lines(tmp_path / "whole") == lines(tmp_path / "parts")
-    trainer(e.replace(seed=1), tmp_path / "other").fit()
+    Trainer(e.replace(seed=1), tmp_path / "other").fit()
     assert not same(weights(tmp_path / "whole"), weights(tmp_path / "other"))
 
 
@@ -54,8 +93,8 @@ def test_resumed_training_gives_the_same_bits(base, tmp_path, frozen):
 def test_stopped_anywhere_and_started_again_it_ends_in_the_same_bits(base, tmp_path, when):
     """Between a checkpoint and the next, or when the best weights are further."""
     e = base.replace({"train.steps": 6, "train.eval_every": 2})
-    trainer(e, tmp_path / "whole").fit()
-    one = trainer(e, tmp_path / "cut")
+    Trainer(e, tmp_path / "whole").fit()
+    one = Trainer(e, tmp_path / "cut")
     real, calls = getattr(one, when), []
 
     def cut(*how):
@@ -68,7 +107,7 @@ def test_stopped_anywhere_and_started_again_it_ends_in_the_same_bits(base, tmp_p
     with pytest.raises(KeyboardInterrupt):
         one.fit()
     assert [line["step"] for line in lines(tmp_path / "cut")] == [2]
-    again = trainer(e, tmp_path / "cut")
+    again = Trainer(e, tmp_path / "cut")
     again.restore()
     assert again.state["step"] == 2
     again.fit()
@@ -77,12 +116,12 @@ def test_stopped_anywhere_and_started_again_it_ends_in_the_same_bits(base, tmp_p
 
 
 def test_a_start_from_nothing_leaves_nothing_of_one_before(base, tmp_path):
-    trainer(base, tmp_path / "a").fit(stop_at=4)
+    Trainer(base, tmp_path / "a").fit(stop_at=4)
     (tmp_path / "a" / "checkpoint.pt").unlink()
     longer = base.replace({"train.eval_every": 6})
-    trainer(longer, tmp_path / "a").fit(stop_at=4)
+    Trainer(longer, tmp_path / "a").fit(stop_at=4)
     assert lines(tmp_path / "a") == []
-    trainer(longer, tmp_path / "a").fit()
+    Trainer(longer, tmp_path / "a").fit()
     assert [line["step"] for line in lines(tmp_path / "a")] == [6]
 
 
@@ -100,7 +139,7 @@ def test_learning_rate_schedules():
 def test_the_backbone_has_its_own_learning_rate(base, tmp_path, learns):
     rates = {"train.lr": 0.0, "train.backbone_lr": 0.0}
     rates["train.backbone_lr" if learns == "backbone" else "train.lr"] = 1e-3
-    one = trainer(base.replace({"model.frozen_stages": 2, **rates}), tmp_path / "a")
+    one = Trainer(base.replace({"model.frozen_stages": 2, **rates}), tmp_path / "a")
     before = {k: p.detach().clone() for k, p in one.model.named_parameters()}
     one.step(one.batch(0))
     moved = {k for k, p in one.model.named_parameters() if not torch.equal(p, before[k])}
@@ -110,7 +149,7 @@ def test_the_backbone_has_its_own_learning_rate(base, tmp_path, learns):
 
 def test_mlp3_has_a_factor_on_its_learning_rate(base, tmp_path):
     e = base.replace({"train.clip": 0.0, "train.weight_decay": 0.0})
-    one, ten = (trainer(e.replace({"train.mlp3_lr": f}), tmp_path / str(f)) for f in (1, 10))
+    one, ten = (Trainer(e.replace({"train.mlp3_lr": f}), tmp_path / str(f)) for f in (1, 10))
     before = {k: p.detach().clone() for k, p in one.model.named_parameters()}
     for each in (one, ten):
         each.step(each.batch(0))
@@ -126,7 +165,7 @@ def test_mlp3_has_a_factor_on_its_learning_rate(base, tmp_path):
 def test_a_step_takes_the_scheduled_rate_and_clips_the_gradient(base, tmp_path):
     norms, rates = {}, []
     for clip in (0.0, 0.01):
-        one = trainer(base.replace({"train.clip": clip}), tmp_path / str(clip))
+        one = Trainer(base.replace({"train.clip": clip}), tmp_path / str(clip))
         inner = one.optimizer.step
 
         def step(one=one, clip=clip, inner=inner):
@@ -144,7 +183,7 @@ def test_a_step_takes_the_scheduled_rate_and_clips_the_gradient(base, tmp_path):
 
 def test_moving_average_of_weights_by_a_naive_loop(base, tmp_path):
     e = base.replace({"train.ema": 0.5, "data.holdout": []})
-    averaged, plain = (trainer(x, tmp_path / "a") for x in (e, e.replace({"train.ema": 0.0})))
+    averaged, plain = (Trainer(x, tmp_path / "a") for x in (e, e.replace({"train.ema": 0.0})))
     averaged.restore()
     key, expected = "head.1.weight", plain.model.state_dict()["head.1.weight"].clone()
     for n in range(1, 5):
@@ -161,7 +200,7 @@ def test_moving_average_of_weights_by_a_naive_loop(base, tmp_path):
 def test_averaged_weights_choose_the_checkpoint_as_they_are_scored_later(base, tmp_path, precision):
     """One path for choosing and scoring: full precision, the averaged weights, the same sets."""
     e = base.replace({"train.precision": precision, "train.ema": 0.99, "train.lr": 1e-2})
-    one = trainer(e, tmp_path / "a")
+    one = Trainer(e, tmp_path / "a")
     summary = one.fit()
     best = max(line["holdout_J"] for line in lines(tmp_path / "a"))
     model = load_model(tmp_path / "a" / "best.safetensors")
@@ -175,12 +214,12 @@ def test_averaged_weights_choose_the_checkpoint_as_they_are_scored_later(base, t
 def test_half_precision_is_for_the_steps_alone(base, tmp_path):
     losses = []
     for precision in ("no", "bf16"):
-        one = trainer(base.replace({"train.precision": precision}), tmp_path / precision)
+        one = Trainer(base.replace({"train.precision": precision}), tmp_path / precision)
         types: list[torch.dtype] = []
         for net in (one.model, one.averaged):
             net.head.register_forward_hook(lambda *how, t=types: t.append(how[-1].dtype))
         losses.append(float(one.step(one.batch(0))["loss"]))
-        one.validate()
+        holdout_score(Predictor(one.averaged, one.features, one.vocabulary), one.holdout, 3)
         assert types[0] == (torch.bfloat16 if precision == "bf16" else torch.float32)
         assert set(types[1:]) == {torch.float32}
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], abs=0.05)
@@ -192,7 +231,7 @@ def test_logged_losses_are_means_since_the_line_before(base, tmp_path):
 
     def losses(every: int) -> list[float]:
         e = base.replace({**still, "train.eval_every": every})
-        trainer(e, tmp_path / str(every)).fit()
+        Trainer(e, tmp_path / str(every)).fit()
         return [line["loss"] for line in lines(tmp_path / str(every))]
 
     often, once = losses(2), losses(6)
@@ -201,7 +240,7 @@ def test_logged_losses_are_means_since_the_line_before(base, tmp_path):
 
 
 def test_frozen_stages_stay_and_are_not_saved(base, tmp_path):
-    one = trainer(base.replace({"model.frozen_stages": 2}), tmp_path / "a")
+    one = Trainer(base.replace({"model.frozen_stages": 2}), tmp_path / "a")
     before = {k: v.clone() for k, v in one.features.backbone.state_dict().items()}
     one.fit()
     after = one.features.backbone.state_dict()
@@ -217,25 +256,25 @@ def test_frozen_stages_stay_and_are_not_saved(base, tmp_path):
 def test_bad_trainings_say_what_to_mend(base, tmp_path):
     wild = base.replace({"train.lr": 1e30, "train.clip": 0.0, "train.ema": 0.0})
     with pytest.raises(LCCoError, match=r"^wild: the loss is (nan|inf) at step \d; lower `train"):
-        trainer(wild, tmp_path / "wild").fit()
-    trainer(base, tmp_path / "b").fit(stop_at=3)
+        Trainer(wild, tmp_path / "wild").fit()
+    Trainer(base, tmp_path / "b").fit(stop_at=3)
     checkpoint = tmp_path / "b" / "checkpoint.pt"
     whole = checkpoint.read_bytes()
     checkpoint.write_bytes(whole[:1000])
-    with pytest.raises(LCCoError, match=r"checkpoint.pt: not a checkpoint .* remove it .*cut short"):
-        trainer(base, tmp_path / "b").fit()
+    with pytest.raises(LCCoError, match="checkpoint.pt: not a checkpoint .* remove it"):
+        Trainer(base, tmp_path / "b").fit()
     checkpoint.write_bytes(whole)
     with pytest.raises(LCCoError, match="not a checkpoint of this training: remove it"):
-        trainer(base.replace({"model.width": 32}), tmp_path / "b").fit()
+        Trainer(base.replace({"model.width": 32}), tmp_path / "b").fit()
     file = load_data(base.data.train).truth_path(0)
     ImageOps.invert(Image.open(file).convert("L")).save(file)
     with pytest.raises(LCCoError, match="checkpoint.pt: .* remove it .*set was edited since"):
-        trainer(base, tmp_path / "b").fit()
+        Trainer(base, tmp_path / "b").fit()
 
 
 # ------------------------------------------------------------------------------------ model files
 def saved(e: Experiment, path: Path) -> Path:
-    one = trainer(e, path.parent)
+    one = Trainer(e, path.parent)
     save_model(path, trained_state(one.model), e, one.features, one.vocabulary)
     return path
 
@@ -284,7 +323,7 @@ def test_the_shipped_file_is_read_although_its_settings_are_older():
 def test_a_training_goes_on_from_a_model_file(base, tmp_path):
     file = saved(base.replace(seed=5), tmp_path / "m.safetensors")
     e = base.replace({"train.start": str(file), "model.weights": None, "seed": 1})
-    one = trainer(e, tmp_path / "on")
+    one = Trainer(e, tmp_path / "on")
     one.restore()
     for key, value in weights(tmp_path, "m").items():
         if not key.startswith("backbone."):
@@ -294,8 +333,8 @@ def test_a_training_goes_on_from_a_model_file(base, tmp_path):
     elsewhere = e.replace({"data.train": str(mine)})
     assert [p["train"] for p in trained_on(elsewhere)][1] == list(base.data.train)
     with pytest.raises(LCCoError, match="not a model of these settings"):
-        trainer(e.replace({"model.width": 8}), tmp_path / "w").restore()
+        Trainer(e.replace({"model.width": 8}), tmp_path / "w").restore()
     (tmp_path / "others.txt").write_text("boat\ncar\ndog\ncow\n")
     with pytest.raises(LCCoError, match="trained with another vocabulary"):
         words = {"tower.vocabulary": str(tmp_path / "others.txt")}
-        trainer(e.replace(words), tmp_path / "v").restore()
+        Trainer(e.replace(words), tmp_path / "v").restore()

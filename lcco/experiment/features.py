@@ -1,4 +1,4 @@
-"""From pictures to a batch: what the frozen parts say of a set is computed once and kept.
+"""What the frozen parts say of the pictures of a set, computed once and kept.
 
 Embeddings, masked embeddings and a frozen backbone's maps lie in memory-mapped files, so that a
 training on frozen features takes minutes.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,10 +18,9 @@ from torch import Tensor
 from lcco.backbones import Backbone, make_backbone
 from lcco.common import digest, place, progress
 from lcco.config import Experiment, TowerConfig
-from lcco.data import CoSegData, Draw
+from lcco.data import CoSegData
 from lcco.data.pictures import Box, load_square, mask_square
-from lcco.losses import true_class
-from lcco.semantics import Tower, Vocabulary, make_tower, painted, target_word
+from lcco.semantics import Tower, make_tower, painted
 from lcco.store import kept
 
 Pair = tuple[int, tuple[str, ...]]  # an item, and the classes whose union is its truth
@@ -210,35 +208,3 @@ def deterministic(features: Features) -> Iterator[None]:
         torch.set_deterministic_debug_mode(before)
         setting.fill_uninitialized_memory = fill
         torch.set_num_threads(threads)
-
-
-def batch(
-    features: Features, vocabulary: Vocabulary, data: CoSegData, draws: Sequence[Draw], *,
-    v_gt: str | None, background: str,
-) -> dict[str, Any]:  # fmt: skip
-    """The tensors of B drawn groups of N images, on the CPU.
-
-    v_gt: what marks the true class, the "tower" (Eq. 12) or the class's own "name".
-    Returns: images [B, N, 3, S, S] in 0..1, or None; maps, the leading frozen ones [B, N, C, h, w],
-    or None; embeddings [B, N, D]; truth, uint8 [B, N, S, S] of {0, 1, 255 = void}; true [B], the
-    index of the class that v^gt marks, −1 = unknown, or None.
-    """
-    pairs, shape = [(i, d.classes) for d in draws for i in d.items], (len(draws), -1)
-    items, flips, crops = ([x for d in draws for x in getattr(d, name)]
-                           for name in ("items", "flips", "crops"))  # fmt: skip
-    images, maps = features.visual(data, items, flips, crops)
-    truths = (features.truth(data, *pair, crop) for pair, crop in zip(pairs, crops, strict=True))
-    truths = [t[:, ::-1] if flip else t for t, flip in zip(truths, flips, strict=True)]
-    embeddings, true = features.embeddings(data, items).unflatten(0, shape), None
-    if v_gt == "name":  # −1: no such word, or a group that shares several classes
-        single = [d.classes[0] if len(d.classes) == 1 else "" for d in draws]
-        words = [target_word(name, vocabulary.words) for name in single]
-        true = torch.tensor([-1 if word is None else word for word in words])
-    elif v_gt == "tower":
-        masked = features.masked(data, pairs, background).unflatten(0, shape)
-        true = true_class(masked, vocabulary.embeddings, torch.ones(masked.shape[:2]).bool())
-    return {
-        "images": None if images is None else images.unflatten(0, shape),
-        "maps": maps and [m.unflatten(0, shape) for m in maps], "embeddings": embeddings,
-        "truth": torch.from_numpy(np.stack(truths)).unflatten(0, shape), "true": true,
-    }  # fmt: skip

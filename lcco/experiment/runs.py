@@ -23,10 +23,8 @@ from lcco.config import TRAINING_VERSION, Experiment, Profile
 from lcco.data import CoSegData, load_data
 from lcco.data.overlap import overlap
 from lcco.experiment.evaluate import CHOICE, Evaluation, evaluate_all, evaluate_choice
-from lcco.experiment.features import make_features
 from lcco.experiment.predictor import Predictor, load_model, read_experiment
-from lcco.experiment.train import Trainer, environment
-from lcco.semantics import make_vocabulary
+from lcco.experiment.train import Trainer, environment, training_data
 from lcco.store import kept, lock, read_json, write_json
 
 if TYPE_CHECKING:
@@ -68,36 +66,29 @@ class Run:
                 said = f"pictures or masks of {data.name} were edited since it was trained"
                 raise LCCoError(f"{self.path}: {said}; put them back, or remove the run")
 
-    def overlap(self, test: CoSegData) -> int:
+    def overlap(self, test: CoSegData, kind: str = "train") -> int:
         """How many pictures of a set the model, or what it started from, was trained on.
 
+        kind: "holdout" counts those that helped to choose its weights.
         Raises: LCCoError where its training set is gone and was not compared with this one before.
         """
-        return self._seen(test)["train"]
-
-    def holdout_overlap(self, test: CoSegData) -> int:
-        """How many pictures of a set helped to choose the model's weights."""
-        return self._seen(test)["holdout"]
-
-    def _seen(self, test: CoSegData) -> dict[str, int]:
-        if (file := self._file("overlap", test)).is_file():
+        if (file := self._file(f"overlap-{kind}", test)).is_file():
             return read_json(file)
         self.check()
-        seen, unknown = {"train": set(), "holdout": set()}, ""
+        seen, unknown = set(), ""
         for n, part in enumerate(self.record["trained_on"]):
             how = {"without": part.get("without", ()), "counts": part.get("counts")}
             try:
-                for kind in [kind for kind in seen if part.get(kind)]:
-                    seen[kind] |= {j for _, j in overlap(load_data(part[kind], **how), test)}
+                data = load_data(part[kind], **how) if part[kind] else None
+                seen |= {j for _, j in overlap(data, test)} if data else set()
             except LCCoError as error:
                 unknown = f"whether {self.path.name} has seen {test.name} is unknown: {error}"
                 if n == 0 and self.weights.parent == self.path:  # not of a start, or from elsewhere
                     raise LCCoError(unknown) from None
                 print(unknown, file=sys.stderr)
-        counts = {kind: len(pictures) for kind, pictures in seen.items()}
         if not unknown:
-            write_json(file, counts)
-        return counts
+            write_json(file, len(seen))
+        return len(seen)
 
     def evaluate(
         self, test: CoSegData, protocols: str | Sequence[str] = "ufo", group_size: int = 5, *,
@@ -142,13 +133,6 @@ def _described(data: CoSegData | None) -> dict[str, Any] | None:
 
 
 # ---------------------------------------------------------------------------------- data
-def training_data(experiment: Experiment) -> tuple[CoSegData, CoSegData | None]:
-    """The training set and the holdout; what `data.without` names is left out of both."""
-    d = experiment.data
-    how = {"counts": d.counts, "without": d.without}
-    return load_data(d.train, **how), load_data(d.holdout, **how) if d.holdout else None
-
-
 def load_tests(profile: Profile, names: Sequence[str]) -> dict[str, CoSegData | Missing]:
     """Test sets by name; where one is not on this machine, what is missing."""
     out: dict[str, CoSegData | Missing] = {}
@@ -182,18 +166,8 @@ def get_run(experiment: Experiment) -> Run:
     return run
 
 
-def _trainer(experiment: Experiment, path: Path) -> Trainer:
-    data, holdout = training_data(experiment)
-    if both := set(experiment.data.train) & set(experiment.data.holdout):
-        said = f"`data.holdout` names {', '.join(sorted(both))}, as `data.train` does"
-        print(f"{said}: weights are chosen on pictures of training", file=sys.stderr)
-    features = make_features(experiment)
-    vocabulary = make_vocabulary(features.tower, experiment.tower)
-    return Trainer(experiment, path, features, vocabulary, data, holdout)
-
-
 def _train(experiment: Experiment, path: Path) -> None:
-    trainer = _trainer(experiment, path)
+    trainer = Trainer(experiment, path)
     summary = trainer.fit()
     if not trainer.accelerator.is_main_process:
         return
@@ -220,14 +194,13 @@ def estimate(experiment: Experiment) -> dict[str, Any]:
 
     Raises: LCCoError for what training would refuse.
     """
-    e, t = experiment, _trainer(experiment, place("runs") / experiment.run_name)
-    few = t.data.subset(range(min(20, len(t.data))), f"20 pictures of {t.data.name}")
+    e, images = experiment, len(training_data(experiment)[0])
     with TemporaryDirectory() as folder:
-        short = Trainer(e, Path(folder), t.features, t.vocabulary, few, None)
+        short = Trainer(e, Path(folder), few=20)
         first, last = short.fit(stop_at=1), short.fit(stop_at=4)  # the first step warms up
     each = (last["seconds"] - first["seconds"]) / max(1, last["step"] - 1)
     return {
-        "run": e.run_name, "images": len(t.data), "trained parameters": t.learned,
+        "run": e.run_name, "images": images, "trained parameters": short.learned,
         "steps": e.train.steps, "images a step": e.data.groups * e.data.group_size,
         "training seconds": round(each * e.train.steps, 2),
     }  # fmt: skip

@@ -123,7 +123,7 @@ def _scored(get: Callable, test: Any, protocols: Sequence[str], size: int, how: 
             if (seen := run.overlap(test)) and not how.get("allow_overlap"):
                 why = f"not run: trained on {seen} of its {len(test)} pictures"
                 return dict.fromkeys(protocols, {"status": why})
-            about = {"chose_weights": run.holdout_overlap(test)}
+            about = {"chose_weights": run.overlap(test, "holdout")}
         done = run.evaluate(test, protocols, size, **how)
         return {p: scores(done[p].summary) | about | {"run": run.path.name} for p in protocols}
     except Missing as error:

@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -25,12 +26,12 @@ from lcco import __version__
 from lcco.backbones import model_file, reading
 from lcco.common import LCCoError, progress
 from lcco.config import Experiment
-from lcco.data import CoSegData, GroupSampler
-from lcco.experiment.features import Features, batch, deterministic
+from lcco.data import CoSegData, GroupSampler, load_data
+from lcco.experiment.features import deterministic, make_features
 from lcco.experiment.predictor import Predictor, build_model, fill, save_model, trained_state
-from lcco.losses import total_loss
+from lcco.losses import total_loss, true_class
 from lcco.metrics import consecutive_groups, jaccard
-from lcco.semantics import Vocabulary
+from lcco.semantics import make_vocabulary, target_word
 from lcco.store import atomic_path, write_text
 
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "timm", "accelerate", "numpy")
@@ -39,28 +40,34 @@ LOG_EVERY = 50
 LOSSES = ("loss", "iou", "cs", "c", "bce")
 
 
-def environment(root: Path | None = None) -> dict[str, Any]:
+def environment(root: Path = Path(__file__).parents[2]) -> dict[str, Any]:
     """Where something was computed: commit, whether the code had edits (dirty), machine, versions.
 
     commit and dirty are None where the code does not stand in its own checkout.
     """
 
-    def git(*words: str) -> str | None:
-        how = {"cwd": root or Path(__file__).parents[2], "capture_output": True, "text": True}
+    def git(*words: str) -> str:
         try:
-            return subprocess.run(["git", *words], timeout=10, check=True, **how).stdout.strip()
-        except (OSError, subprocess.SubprocessError):
-            return None
+            return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True).stdout
+        except OSError:  # no git here
+            return ""
 
     ours = git("ls-files", "lcco/common.py")  # an installed package may lie in another repository
     return {
-        "commit": git("rev-parse", "HEAD") if ours else None,
+        "commit": git("rev-parse", "HEAD").strip() if ours else None,
         "dirty": bool(git("status", "--porcelain", "--", "lcco")) if ours else None,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "platform": f"{platform.system()} {platform.machine()}", "cores": os.cpu_count(),
         "threads": torch.get_num_threads(), "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in PACKAGES} | {"lcco": __version__},
     }  # fmt: skip
+
+
+def training_data(experiment: Experiment) -> tuple[CoSegData, CoSegData | None]:
+    """The training set and the holdout; what `data.without` names is left out of both."""
+    d = experiment.data
+    how = {"counts": d.counts, "without": d.without}
+    return load_data(d.train, **how), load_data(d.holdout, **how) if d.holdout else None
 
 
 def learning_rate(experiment: Experiment, step: int) -> float:
@@ -91,37 +98,37 @@ def holdout_score(predict: Predictor, data: CoSegData, group_size: int) -> float
 
 
 class Trainer:
-    """Trains an experiment into a folder.
+    """Trains an experiment into a folder; with `few`, on so many pictures alone, to time it.
 
     `fit` writes `metrics.jsonl`, `best.safetensors` (highest J on the holdout),
     `last.safetensors`, and `checkpoint.pt`, from which an interrupted training goes on.
     """
 
-    def __init__(
-        self, experiment: Experiment, folder: Path, features: Features, vocabulary: Vocabulary,
-        data: CoSegData, holdout: CoSegData | None,
-    ) -> None:  # fmt: skip
-        self.experiment, self.folder = experiment, Path(folder)
-        self.features, self.vocabulary = features, vocabulary
-        self.data, self.holdout = data, holdout
+    def __init__(self, experiment: Experiment, folder: Path, few: int | None = None) -> None:
+        self.experiment, self.folder, d = experiment, Path(folder), experiment.data
+        self.data, self.holdout = training_data(experiment)
+        if both := sorted(set(d.train) & set(d.holdout)):
+            said = f"`data.holdout` names {', '.join(both)}, as `data.train` does"
+            print(f"{said}: weights are chosen on pictures of training", file=sys.stderr)
+        if few:
+            items = range(min(few, len(self.data)))
+            self.data, self.holdout = self.data.subset(items, f"{few} of {self.data.name}"), None
+        self.features = make_features(experiment)
+        self.vocabulary = make_vocabulary(self.features.tower, experiment.tower)
         self.checkpoint = self.folder / "checkpoint.pt"
         # Autocast is switched on in `step` alone, so that validation runs as later scoring does.
         unused = DistributedDataParallelKwargs(find_unused_parameters=True)
         self.accelerator = a = Accelerator(mixed_precision="no", kwargs_handlers=[unused])
-        self.model = build_model(experiment, features, vocabulary).to(a.device)
+        self.model = build_model(experiment, self.features, self.vocabulary).to(a.device)
         if start := experiment.train.start:
-            fill(self.model, model_file(start), features, vocabulary, start=True)
+            fill(self.model, model_file(start), self.features, self.vocabulary, start=True)
         # What is validated and saved: the weights' moving average, or the weights themselves.
         self.averaged = deepcopy(self.model) if experiment.train.ema else self.model
         self.net, self.optimizer = a.prepare(self.model, self._optimizer())
-        names = {"groups", "group_size", "class_sampling", "paired", "absent", "flip", "crop"}
-        how = experiment.data.model_dump(include=names) | {"seed": experiment.seed}
-        how["groups"] *= a.num_processes
-        self.sampler = GroupSampler(data, **how)
-        self.mine = slice(a.process_index, None, a.num_processes)  # of a step's groups
-        self.text = vocabulary.embeddings.to(a.device)
+        names = {"group_size", "class_sampling", "paired", "absent", "flip", "crop"}
+        how = d.model_dump(include=names) | {"seed": experiment.seed}
+        self.sampler = GroupSampler(self.data, groups=d.groups * a.num_processes, **how)
         self.learned = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        self.source = v_gt_source(experiment)
         self.state: dict[str, Any] = {"step": 0, "best": -1.0, "best_step": 0, "seconds": 0.0}
         self.state["machines"] = []  # the last of them is this one
         self.log: list[dict[str, float]] = []  # the lines of `metrics.jsonl`
@@ -141,23 +148,21 @@ class Trainer:
     def fit(self, stop_at: int | None = None) -> dict[str, Any]:
         """Train from the checkpoint, if there is one, to the last step, or to `stop_at`.
 
-        Returns a summary. Raises: LCCoError for a checkpoint that is damaged, of other settings or
-        of data that were edited since, and where the loss is not finite.
+        Returns a summary. Raises: LCCoError as `restore`, and where the loss is not finite.
         """
         self.restore()
-        here, before = environment(), self.state["machines"]
-        self.state["machines"] = [one for one in before if one != here] + [here]
         e, steps = self.experiment, self.experiment.train.steps
-        background = e.loss.mask_background if self.source == "tower" else None
+        background = e.loss.mask_background if v_gt_source(e) == "tower" else None
         self.features.prepare(self.data, flip=e.data.flip, background=background)
         if self.holdout:
             self.features.prepare(self.holdout)
         with deterministic(self.features), ThreadPoolExecutor(1) as loader:
-            threads = torch.get_num_threads()
+            here, before = environment(), self.state["machines"]
+            self.state["machines"] = [one for one in before if one != here] + [here]
             self._loop(range(self.state["step"], min(stop_at or steps, steps)), loader)
         if self.state["step"] >= steps:
             self._save_weights("last")
-        return self.state | {"parameters": self.learned, "threads": threads}
+        return self.state | {"parameters": self.learned}
 
     def _loop(self, steps: range, loader: ThreadPoolExecutor) -> None:
         """The steps; the loader makes a batch while the one before is learned from."""
@@ -179,11 +184,35 @@ class Trainer:
                 saved = began
 
     def batch(self, step: int) -> dict[str, Any]:
-        """This process's groups of a step (0-based)."""
-        return batch(
-            self.features, self.vocabulary, self.data, self.sampler.draws(step)[self.mine],
-            v_gt=self.source, background=self.experiment.loss.mask_background,
-        )  # fmt: skip
+        """This process's groups of a step (0-based), B of N images, on the CPU.
+
+        images: [B, N, 3, S, S] in 0..1, or None; maps: the leading frozen ones [B, N, C, h, w], or
+        None; embeddings: [B, N, D]; truth: uint8 [B, N, S, S] of {0, 1, 255 = void}; true: [B] the
+        class that v^gt marks, −1 = unknown, or None.
+        """
+        f, a, source = self.features, self.accelerator, v_gt_source(self.experiment)
+        draws = self.sampler.draws(step)[a.process_index :: a.num_processes]
+        pairs, shape = [(i, d.classes) for d in draws for i in d.items], (len(draws), -1)
+        items, flips, crops = ([x for d in draws for x in getattr(d, name)]
+                               for name in ("items", "flips", "crops"))  # fmt: skip
+        images, maps = f.visual(self.data, items, flips, crops)
+        truths = [f.truth(self.data, *p, crop) for p, crop in zip(pairs, crops, strict=True)]
+        truths = [t[:, ::-1] if flip else t for t, flip in zip(truths, flips, strict=True)]
+        true = None
+        if source == "name":  # −1: no such word, or a group that shares several classes
+            single = [d.classes[0] if len(d.classes) == 1 else "" for d in draws]
+            words = [target_word(name, self.vocabulary.words) for name in single]
+            true = torch.tensor([-1 if word is None else word for word in words])
+        elif source == "tower":
+            masked = f.masked(self.data, pairs, self.experiment.loss.mask_background)
+            masked, every = masked.unflatten(0, shape), torch.ones(1, 1, dtype=torch.bool)
+            true = true_class(masked, self.vocabulary.embeddings, every)
+        return {
+            "images": None if images is None else images.unflatten(0, shape),
+            "maps": maps and [m.unflatten(0, shape) for m in maps], "true": true,
+            "embeddings": f.embeddings(self.data, items).unflatten(0, shape),
+            "truth": torch.from_numpy(np.stack(truths)).unflatten(0, shape),
+        }  # fmt: skip
 
     def step(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """One step of the optimiser. Returns the loss and its parts."""
@@ -191,7 +220,8 @@ class Trainer:
         maps = batch["maps"] and [m.float() for m in batch["maps"]]
         self.net.train()
         with torch.autocast(a.device.type, torch.bfloat16, enabled=e.train.precision == "bf16"):
-            out = self.net(batch["images"], batch["embeddings"], self.text, maps=maps)
+            text = self.vocabulary.embeddings.to(a.device)
+            out = self.net(batch["images"], batch["embeddings"], text, maps=maps)
         weights = e.loss.model_dump(include={"lambda_cs", "lambda_c", "lc_reduction", "bce"})
         present = torch.ones(out.logits.shape[:2], dtype=torch.bool, device=a.device)
         loss, parts = total_loss(out, batch["truth"], present, batch["true"], **weights)
@@ -221,11 +251,6 @@ class Trainer:
             else:
                 mean.copy_(now[name])
 
-    def validate(self) -> float:
-        """J on the holdout of the weights that would be saved, as a run's predictor would score."""
-        predictor = Predictor(self.averaged, self.features, self.vocabulary)
-        return holdout_score(predictor, self.holdout, self.experiment.data.group_size)
-
     def _log(self, due: bool) -> None:
         """A line of `metrics.jsonl`: mean losses since the line before; where due, holdout J."""
         step, zero = self.state["step"], torch.zeros((), device=self.accelerator.device)
@@ -240,16 +265,18 @@ class Trainer:
             mend = "lower `train.lr`, or set `train.clip`; weights saved before are kept"
             raise LCCoError(f"{self.folder.name}: {said}; {mend}")
         if due and self.holdout:
-            line["holdout_J"] = self.validate()
+            predictor = Predictor(self.averaged, self.features, self.vocabulary)  # as a run's is
+            score = holdout_score(predictor, self.holdout, self.experiment.data.group_size)
+            line["holdout_J"] = score
+            if score > self.state["best"]:
+                self.state |= {"best": score, "best_step": step}
+                self._save_weights("best", score)
         self.log.append({k: round(v, 6) for k, v in line.items()})
-        if line.get("holdout_J", -1.0) > self.state["best"]:
-            self.state |= {"best": line["holdout_J"], "best_step": step}
-            self._save_weights("best", line["holdout_J"])
 
-    def _save_weights(self, name: str, J: float | None = None) -> None:
+    def _save_weights(self, name: str, score: float | None = None) -> None:
         if self.accelerator.is_main_process:
             file, state = self.folder / f"{name}.safetensors", trained_state(self.averaged)
-            about = {"step": self.state["step"], "holdout_J": J}
+            about = {"step": self.state["step"], "holdout_J": score}
             save_model(file, state, self.experiment, self.features, self.vocabulary, **about)
 
     def save(self) -> None:
@@ -263,7 +290,10 @@ class Trainer:
             write_text(self.folder / "metrics.jsonl", "".join(lines))
 
     def restore(self) -> None:
-        """Take up the checkpoint, if there is one. Raises: LCCoError for one of something else."""
+        """Take up the checkpoint, if there is one.
+
+        Raises: LCCoError where it is damaged, or of other settings, or data were edited since.
+        """
         if not self.checkpoint.is_file():
             return
         with reading(self.checkpoint, "a checkpoint of this training: remove it to start again"):
