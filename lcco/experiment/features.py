@@ -69,18 +69,18 @@ class Features:
 
         `keep=False` writes nothing to disk: for pictures seen once.
         """
-        recipe = [data.digest(), self.tower.identity]
-        stored = self._kept("embeddings", recipe, partial(self._embed, data), keep)
-        return torch.from_numpy(stored[np.array(items, int)])
 
-    def _embed(self, data: CoSegData) -> np.ndarray:
-        first: dict[str, int] = {}  # a picture that stands in two classes is embedded once
-        for i in range(len(data)):
-            first.setdefault(data.content(i), i)
-        items = progress(first.values(), f"embedding {data.name}", len(first))
-        vectors = self.tower.encode_images(data.image(i) for i in items).float().numpy()
-        row = {content: n for n, content in enumerate(first)}
-        return vectors[[row[data.content(i)] for i in range(len(data))]]
+        def make() -> np.ndarray:
+            first: dict[str, int] = {}  # a picture that stands in two classes is embedded once
+            for i in range(len(data)):
+                first.setdefault(data.content(i), i)
+            items = progress(first.values(), f"embedding {data.name}", len(first))
+            vectors = self.tower.encode_images(data.image(i) for i in items).float().numpy()
+            row = {content: n for n, content in enumerate(first)}
+            return vectors[[row[data.content(i)] for i in range(len(data))]]
+
+        stored = self._kept("embeddings", [data.digest(), self.tower.identity], make, keep)
+        return torch.from_numpy(stored[np.array(items, int)])
 
     def masked(self, data: CoSegData, pairs: Sequence[Pair], background: str) -> Tensor:
         """Embeddings [n, D] of pictures with all but the object painted over; zero without one.
@@ -156,9 +156,9 @@ class Features:
 
         def make() -> np.ndarray:
             items = range(start, min(start + IN_A_FILE, len(data)))
-            images = self._images(data, items, [mirrored] * len(items), [None] * len(items))
+            _, found = self.visual(data, items, [mirrored] * len(items), keep=False)
             out = np.empty(len(items), self.row)
-            for stage, maps in zip(self.row.names, self.frozen_maps(images), strict=True):
+            for stage, maps in zip(self.row.names, found, strict=True):
                 out[stage] = maps.permute(0, 2, 3, 1).half().numpy()
             return out
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,20 +36,17 @@ def build_model(experiment: Experiment, features: Features, vocabulary: Vocabula
         ).to(memory_format=torch.channels_last)  # fmt: skip
 
 
+@dataclass(eq=False)
 class Predictor:
-    """Masks of any set by a network and its frozen parts.
+    """Masks of any set by a network and its frozen parts."""
 
-    gt: "GT semantics", the true class replaces i* and the distilled prompts. k: distilled prompts,
-    if not the trained number. keep: keep what is computed of the pictures on disk (right for data
-    sets, wrong for pictures seen once). experiment: what made the network, if known.
-    """
-
-    def __init__(
-        self, model: LCCo, features: Features, vocabulary: Vocabulary, *, gt: bool = False,
-        k: int | None = None, keep: bool = True, experiment: Experiment | None = None,
-    ) -> None:  # fmt: skip
-        self.model, self.features, self.vocabulary = model, features, vocabulary
-        self.gt, self.k, self.keep, self.experiment = gt, k, keep, experiment
+    model: LCCo
+    features: Features
+    vocabulary: Vocabulary
+    gt: bool = False  # "GT semantics": the true class replaces i* and the distilled prompts
+    k: int | None = None  # distilled prompts, if not the trained number
+    keep: bool = True  # what is computed of the pictures on disk; wrong for pictures seen once
+    experiment: Experiment | None = None  # what made the network, if known
 
     @torch.no_grad()
     def output(
@@ -115,14 +113,14 @@ def save_model(
         save_file(tensors, part, {"lcco": json.dumps(about, sort_keys=True)})
 
 
-def load_model(path: str | Path) -> Predictor:
-    """The predictor in a model file. Raises: Missing without the file; LCCoError as `fill`."""
+def load_model(path: str | Path, **how: Any) -> Predictor:
+    """The predictor in a model file. how: of `Predictor`. Raises: Missing without it; as `fill`."""
     experiment = read_experiment(read_about(path)["experiment"])
     features = make_features(experiment)
     vocabulary = make_vocabulary(features.tower, experiment.tower)
     model = build_model(experiment, features, vocabulary)
     fill(model, path, features, vocabulary)
-    return Predictor(model.eval(), features, vocabulary, experiment=experiment)
+    return Predictor(model.eval(), features, vocabulary, experiment=experiment, **how)
 
 
 def fill(

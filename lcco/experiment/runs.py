@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 import torch
 from accelerate import PartialState
 
@@ -26,9 +27,6 @@ from lcco.experiment.evaluate import CHOICE, Evaluation, evaluate_all, evaluate_
 from lcco.experiment.predictor import Predictor, load_model, read_experiment
 from lcco.experiment.train import Trainer, environment, training_data
 from lcco.store import kept, lock, read_json, write_json
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 @dataclass
@@ -45,14 +43,10 @@ class Run:
 
     def predictor(self, gt: bool = False, k: int | None = None) -> Predictor:
         """The model ready to segment. Raises: Missing without its weights."""
-        predictor = load_model(self.weights)
-        predictor.gt, predictor.k = gt, k
-        return predictor
+        return load_model(self.weights, gt=gt, k=k)
 
     def log(self) -> pd.DataFrame:
         """The training's log: a row each 50 steps, with mean losses and J on the holdout."""
-        import pandas as pd
-
         return pd.read_json(self.path / "metrics.jsonl", lines=True)
 
     def check(self) -> None:
@@ -135,13 +129,14 @@ def _described(data: CoSegData | None) -> dict[str, Any] | None:
 # ---------------------------------------------------------------------------------- data
 def load_tests(profile: Profile, names: Sequence[str]) -> dict[str, CoSegData | Missing]:
     """Test sets by name; where one is not on this machine, what is missing."""
-    out: dict[str, CoSegData | Missing] = {}
-    for name in names:
+
+    def load(name: str) -> CoSegData | Missing:
         try:
-            out[name] = load_data(name, counts=profile.counts)
+            return load_data(name, counts=profile.counts)
         except Missing as missing:
-            out[name] = missing
-    return out
+            return missing
+
+    return {name: load(name) for name in names}
 
 
 # ---------------------------------------------------------------------------------- trained now

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from importlib import metadata
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,6 @@ from lcco.store import atomic_path, write_text
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "timm", "accelerate", "numpy")
 HALVE_EVERY = 20_000  # steps, of the schedule "halving"
 LOG_EVERY = 50
-LOSSES = ("loss", "iou", "cs", "c", "bce")
 
 
 def environment(root: Path = Path(__file__).parents[2]) -> dict[str, Any]:
@@ -151,7 +151,8 @@ class Trainer:
         Returns a summary. Raises: LCCoError as `restore`, and where the loss is not finite.
         """
         self.restore()
-        e, steps = self.experiment, self.experiment.train.steps
+        e, t = self.experiment, self.experiment.train
+        steps = range(self.state["step"], min(stop_at or t.steps, t.steps))
         background = e.loss.mask_background if v_gt_source(e) == "tower" else None
         self.features.prepare(self.data, flip=e.data.flip, background=background)
         if self.holdout:
@@ -159,29 +160,25 @@ class Trainer:
         with deterministic(self.features), ThreadPoolExecutor(1) as loader:
             here, before = environment(), self.state["machines"]
             self.state["machines"] = [one for one in before if one != here] + [here]
-            self._loop(range(self.state["step"], min(stop_at or steps, steps)), loader)
-        if self.state["step"] >= steps:
+            began = saved = time.monotonic()
+            coming = loader.submit(self.batch, steps.start)
+            what = f"training {e.name} (seed {e.seed})"
+            for n in progress((step + 1 for step in steps), what, len(steps)):
+                batch = send_to_device(coming.result(), self.accelerator.device)
+                coming = loader.submit(self.batch, n)  # while this one is learned from
+                self.since.append(self.step(batch))
+                due = n % t.eval_every == 0 or n == t.steps
+                if line := due or n % LOG_EVERY == 0:
+                    self._log(due)
+                self.state["seconds"] += time.monotonic() - began
+                began = time.monotonic()
+                # Only after a line of the log, so that a log is the same however a run was cut.
+                if due or n == steps.stop or (line and began - saved > 60):
+                    self.save()
+                    saved = began
+        if self.state["step"] >= t.steps:
             self._save_weights("last")
         return self.state | {"parameters": self.learned}
-
-    def _loop(self, steps: range, loader: ThreadPoolExecutor) -> None:
-        """The steps; the loader makes a batch while the one before is learned from."""
-        began = saved = time.monotonic()
-        coming = loader.submit(self.batch, steps.start) if steps else None
-        what = f"training {self.experiment.name} (seed {self.experiment.seed})"
-        for n in progress((step + 1 for step in steps), what, len(steps)):
-            batch = send_to_device(coming.result(), self.accelerator.device)
-            coming = loader.submit(self.batch, n) if n in steps else None
-            self.since.append(self.step(batch))
-            due = n % self.experiment.train.eval_every == 0 or n == self.experiment.train.steps
-            if line := due or n % LOG_EVERY == 0:
-                self._log(due)
-            self.state["seconds"] += time.monotonic() - began
-            began = time.monotonic()
-            # Only after a line of the log, so that a log is the same however a run was cut.
-            if due or n == steps.stop or (line and began - saved > 60):
-                self.save()
-                saved = began
 
     def batch(self, step: int) -> dict[str, Any]:
         """This process's groups of a step (0-based), B of N images, on the CPU.
@@ -253,11 +250,9 @@ class Trainer:
 
     def _log(self, due: bool) -> None:
         """A line of `metrics.jsonl`: mean losses since the line before; where due, holdout J."""
-        step, zero = self.state["step"], torch.zeros((), device=self.accelerator.device)
-        means = [sum(one.get(k, zero) for one in self.since) / len(self.since) for k in LOSSES]
-        means = self.accelerator.reduce(torch.stack(means), "mean").tolist()  # over processes
-        known = set().union(*self.since)
-        line = {k: v for k, v in zip(LOSSES, means, strict=True) if k in known}
+        step, line = self.state["step"], {}
+        for part in dict.fromkeys(k for one in self.since for k in one):
+            line[part] = fmean(float(one[part]) for one in self.since if part in one)
         line |= {"step": step, "lr": self.optimizer.param_groups[-1]["lr"]}
         self.since = []
         if not math.isfinite(line["loss"]):
