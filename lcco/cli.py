@@ -126,7 +126,6 @@ def cosegment(
         metavar="FILE", help='A set a line: {"name": …, "images": […]}.')] = None,
     background: Annotated[Text, Option(
         metavar="white|blur|FILE", help="Behind the cut-outs; else transparent.")] = None,
-    words: Annotated[Text, Option(metavar="FILE|NAME", help="Words that it may be.")] = None,
     cls: Annotated[Text, Option("--class", metavar="NAME", help="A hint what it is.")] = None,
     weights: Annotated[Text, Option(metavar="FILE|RUN", help="Not the shipped model.")] = None,
     threshold: Annotated[float, Option(metavar="T", help="On the probabilities.")] = 0.5,
@@ -137,8 +136,8 @@ def cosegment(
 
     from lcco.cosegmentation import cosegment_folder
 
-    report = cosegment_folder(settings.pop("sources") or (), **settings)
-    raise typer.Exit(bool(report.failed or report.refused))
+    records = cosegment_folder(settings.pop("sources") or (), **settings)
+    raise typer.Exit(any(image["error"] for record in records for image in record["images"]))
 
 
 @app.command()

@@ -162,6 +162,19 @@ def test_mlp3_has_a_factor_on_its_learning_rate(base, tmp_path):
             assert torch.equal(a, b), key
 
 
+def test_weights_decay(base, tmp_path):
+    after = []
+    for decay in (0.0, 0.5):
+        one = Trainer(base.replace({"train.weight_decay": decay, "train.lr": 0.01}), tmp_path)
+        before = {k: p.detach().clone() for k, p in one.model.named_parameters()}
+        one.step(one.batch(0))
+        after.append(dict(one.model.named_parameters()))
+        rate = one.optimizer.param_groups[0]["lr"]
+    for k, p in after[0].items():
+        if p.grad is not None:  # AdamW takes rate × decay × weight off beside its own step
+            torch.testing.assert_close(p - after[1][k], rate * 0.5 * before[k])
+
+
 def test_a_step_takes_the_scheduled_rate_and_clips_the_gradient(base, tmp_path):
     norms, rates = {}, []
     for clip in (0.0, 0.01):
