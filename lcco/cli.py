@@ -1,4 +1,4 @@
-"""The command `lcco`: data check, train, evaluate, cosegment, bench. Heavy imports are inside."""
+"""The command `lcco`: data check, train, evaluate, cosegment. Heavy imports are inside."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ app = typer.Typer(
 data_app = typer.Typer(help="Check a data folder.", **plain)
 app.add_typer(data_app, name="data")
 
-ProfileName = Annotated[str, Option("--profile", metavar="P", help="A profile's name or file.")]
 Text = str | None
 
 
@@ -68,7 +67,7 @@ def data_check(
 
 @app.command()
 def train(
-    profile: ProfileName = "embedded",
+    profile: Annotated[str, Option(metavar="P", help="A profile's name or file.")] = "embedded",
     settings: Annotated[list[str] | None, Option(
         "--set", metavar="KEY=VALUE", help="For example model.k=3; may be repeated.")] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Say size and time; train nothing.")] = False,
@@ -138,15 +137,3 @@ def cosegment(
 
     records = cosegment_folder(settings.pop("sources") or (), **settings)
     raise typer.Exit(any(image["error"] for record in records for image in record["images"]))
-
-
-@app.command()
-def bench(
-    profile: ProfileName = "embedded",
-    repeats: Annotated[int, Option(min=1, metavar="N", help="Times that each is measured.")] = 5,
-) -> None:
-    """Time LCCo, its Baseline and its parts on this machine."""
-    from lcco.config import load_profile
-    from lcco.experiment.bench import bench as measure
-
-    print(measure(load_profile(profile), repeats).to_markdown(index=False))

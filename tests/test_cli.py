@@ -135,7 +135,6 @@ def test_mistakes_are_one_line_that_names_the_mend(place: Path, says):
     assert "there are: " in says("train", "--profile", "embeded")
     assert "called `nothing`" in says("evaluate", "nothing", "--data", "msrc7")
     assert "--manifest" in says("cosegment", "--out", place / "out")
-    assert "there are" in says("bench", "--profile", "none")
     (place / "bad.yaml").write_text("about: [x\n")
     assert "not valid YAML: " in says("train", "--profile", place / "bad.yaml")
 
@@ -185,7 +184,7 @@ def test_help_says_what_every_option_is():
 
     found = dict(options(get_command(cli.app), "lcco"))
     assert not [name for name, text in found.items() if not text]
-    assert {f"lcco {c}" for c in ("train", "evaluate", "cosegment", "bench", "data check")} <= set(
+    assert {f"lcco {c}" for c in ("train", "evaluate", "cosegment", "data check")} <= set(
         found)  # fmt: skip
 
 

@@ -125,7 +125,7 @@ def test_who_asks_for_a_run_in_training_waits_for_it(base, monkeypatch, capsys):
     monkeypatch.setattr(runs.Trainer, "fit", lambda self: pytest.fail("trained twice"))
     with ThreadPoolExecutor(1) as other, lock(path.with_name(f"{path.name}.lock")):
         asked = other.submit(get_run, base)
-        while "waiting for another process that trains tiny-" not in capsys.readouterr().err:
+        while "waiting for another that trains tiny-" not in capsys.readouterr().err:
             assert not asked.done()
             time.sleep(0.01)
         path.with_name("elsewhere").rename(path)  # as the process that trained it would end

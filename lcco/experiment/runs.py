@@ -148,10 +148,8 @@ def get_run(experiment: Experiment) -> Run:
     """
     path = place("runs") / experiment.run_name
     team = PartialState(cpu=not torch.cuda.is_available())
-    with contextlib.ExitStack() as held:
-        if team.is_main_process:  # which holds the lock for all
-            message = f"waiting for another process that trains {path.name}"
-            held.enter_context(lock(path.with_name(f"{path.name}.lock"), message))
+    held = lock(path.with_name(f"{path.name}.lock"), f"waiting for another that trains {path.name}")
+    with held if team.is_main_process else contextlib.nullcontext():  # one holds it for all
         team.wait_for_everyone()
         if not (path / "record.json").is_file():
             _train(experiment, path)
