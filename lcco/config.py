@@ -215,7 +215,7 @@ def typed(value: Any, kind: Any, key: str = "") -> Any:
         first = error.errors()[0]
     key = ".".join(map(str, (*filter(None, [key]), *first["loc"])))
     if first["type"] == "extra_forbidden":
-        known = (*Experiment().flat(), *Profile.model_fields)
+        known = Profile.model_fields if kind is Profile else Experiment().flat()
         raise LCCoError(f"unknown setting `{key}`{nearest(key, known)}")
     said, given = first["msg"].removeprefix("Value error, "), first["input"]
     got = "" if isinstance(given, Mapping | BaseModel) else f" is {given!r}:"

@@ -122,21 +122,16 @@ class Features:
         pictures seen once.
         """
         flips, crops = flips or [False] * len(items), crops or [None] * len(items)
-        if not self.stages:
-            return self._images(data, items, flips, crops), None
-        if not keep:
-            return None, self.frozen_maps(self._images(data, items, flips, crops))
-        rows = [self._maps(data, i - i % IN_A_FILE, flip)[i % IN_A_FILE]
-                for i, flip in zip(items, flips, strict=True)]  # fmt: skip
-        maps = (np.stack([row[stage] for row in rows]) for stage in self.row.names)
-        return None, [torch.from_numpy(m).permute(0, 3, 1, 2) for m in maps]
-
-    def _images(self, data: CoSegData, items: Sequence[int], flips: Sequence[bool],
-                crops: Sequence[Box | None]) -> Tensor:  # fmt: skip
+        if self.stages and keep:
+            rows = [self._maps(data, i - i % IN_A_FILE, flip)[i % IN_A_FILE]
+                    for i, flip in zip(items, flips, strict=True)]  # fmt: skip
+            maps = (np.stack([row[stage] for row in rows]) for stage in self.row.names)
+            return None, [torch.from_numpy(m).permute(0, 3, 1, 2) for m in maps]
         how = zip(items, crops, strict=True)
         squares = [load_square(data.image(i), self.size, crop) for i, crop in how]
         squares = [s[:, ::-1] if flip else s for s, flip in zip(squares, flips, strict=True)]
-        return torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).float().div_(255)
+        images = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).float().div_(255)
+        return (None, self.frozen_maps(images)) if self.stages else (images, None)
 
     @torch.no_grad()
     def frozen_maps(self, images: Tensor) -> list[Tensor]:

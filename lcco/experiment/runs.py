@@ -69,15 +69,14 @@ class Run:
         if (file := self._file(f"overlap-{kind}", test)).is_file():
             return read_json(file)
         self.check()
-        seen, unknown = set(), ""
-        for n, part in enumerate(self.record["trained_on"]):
+        seen, unknown, (own, *_) = set(), "", self.record["trained_on"]
+        for part in [part for part in self.record["trained_on"] if part[kind]]:
             how = {"without": part.get("without", ()), "counts": part.get("counts")}
             try:
-                data = load_data(part[kind], **how) if part[kind] else None
-                seen |= {j for _, j in overlap(data, test)} if data else set()
+                seen |= {j for _, j in overlap(load_data(part[kind], **how), test)}
             except LCCoError as error:
                 unknown = f"whether {self.path.name} has seen {test.name} is unknown: {error}"
-                if n == 0 and self.weights.parent == self.path:  # not of a start, or from elsewhere
+                if part is own and self.weights.parent == self.path:  # no file from elsewhere
                     raise LCCoError(unknown) from None
                 print(unknown, file=sys.stderr)
         if not unknown:
