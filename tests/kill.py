@@ -32,10 +32,10 @@ GRAPH = [sys.executable, "-m", "snakemake", "-s", str(ROOT / "workflow" / "Snake
 WORK = {
     "training": TRAIN,
     "embedding": [*GRAPH, "notebooks=05", "--until", "embed"],
-    "scoring": [*TRAIN, "--score"],
+    "scoring": [*GRAPH, "notebooks=05", "--until", "train"],
     "graph": [*GRAPH, "notebooks=05"],
 }
-TIMES = ("seconds", "environment", "scored_by", "begun_on", "peak_memory_mb", "machines")
+TIMES = ("seconds", "environment", "scored_by", "begun_on")
 
 
 def start(kind: str, folder: Path) -> subprocess.Popen:

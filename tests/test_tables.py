@@ -143,11 +143,8 @@ class FakeRun:
         self.experiment, self.path = experiment, Path(f"runs/{experiment.run_name}")
         self.record = {"training": {}, "experiment": experiment.model_dump(mode="json")}
 
-    def overlap(self, test):
-        return int(test == ["seen"])
-
-    def holdout_overlap(self, test):
-        return 2
+    def overlap(self, test, kind="train"):
+        return int(test == ["seen"]) if kind == "train" else 2
 
     def evaluate(self, test, protocols, size, k=None):
         self.asked.append((self.experiment.seed, test, tuple(protocols), size, k))

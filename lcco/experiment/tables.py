@@ -101,7 +101,7 @@ def collect(
                 if (seen := run.overlap(test)) and not how.get("allow_overlap"):
                     why = f"not run: trained on {seen} of its {len(test)} pictures ({name})"
                     return dict.fromkeys(protocols, {"status": why})
-                about = {"chose_weights": run.holdout_overlap(test)}
+                about = {"chose_weights": run.overlap(test, "holdout")}
             done = run.evaluate(test, protocols, size, **how)
             return {p: scores(done[p].summary) | about | {"run": run.path.name} for p in protocols}
         except Missing as error:
