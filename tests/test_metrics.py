@@ -12,14 +12,10 @@ from lcco.common import LCCoError
 from lcco.metrics import (
     PROTOCOLS,
     Counts,
-    adaptive_threshold,
     consecutive_groups,
     count,
     get_protocol,
-    jaccard,
-    pixel_accuracy,
     resize_map,
-    resize_truth,
 )
 
 torch.set_num_threads(1)
