@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
@@ -148,7 +147,7 @@ def _network(name: str) -> tuple[nn.Module, list[list[nn.Module]]]:
         shape = {"channels": _SPECS[name][0], "stem_width": 8, "stem_type": "deep"}
         net = timm.models.ResNet(timm.models.resnet.BasicBlock, layers=(1, 1, 1, 1), **shape)
     else:
-        net = timm.create_model(name)
+        net = timm.create_model(name, zero_init_last=False)
     stem = [net.conv1, net.bn1, net.act1, net.maxpool]
     return net, [[*stem, net.layer1], [net.layer2], [net.layer3], [net.layer4]]
 
@@ -240,20 +239,16 @@ def tensors_digest(state: dict[str, Tensor]) -> str:
 def hub_file(repo: str, *kinds: str, commit: str | None = None) -> Path:
     """A Hugging Face repository's file of the first of some kinds (`*.safetensors`) that it has.
 
-    It lies beside the repository's .json and .txt files; downloaded once, unless LCCO_OFFLINE.
+    It lies beside the repository's .json and .txt files; downloaded once, unless HF_HUB_OFFLINE.
     Raises: Missing within seconds when it is not there and cannot be had.
     """
     from huggingface_hub import snapshot_download
 
-    offline = os.environ.get("LCCO_OFFLINE", "0") not in ("", "0")
-    why = "downloads are off" if offline else "it has no such file"
-    for local, kind in product((True,) if offline else (True, False), kinds):
+    for local, kind in product((True, False), kinds):
         how = {"revision": commit, "local_files_only": local, "etag_timeout": 6}
-        try:
+        with contextlib.suppress(Exception):  # hub, net and disk have many for the same mishap
             folder = snapshot_download(repo, allow_patterns=["*.json", "*.txt", kind], **how)
             if found := sorted(Path(folder).glob(kind)):
                 return found[0]
-        except Exception as error:  # hub, net and disk have many for the same mishap
-            why = why if local else f"the download failed, {type(error).__name__}"
     command = f"`hf download {repo} --revision {commit or 'main'}`"
-    raise Missing("weights", repo, f"{why}: {command} where the net answers, or name a local copy")
+    raise Missing("weights", repo, f"{command} where the net answers, or name a local copy")
