@@ -32,9 +32,8 @@ _SPECS = {  # name: channels of the four maps, (mean, std) of RGB in 0..1
 class Backbone(nn.Module):
     """Four stages that turn images into maps at strides 4, 8, 16 and 32; it normalises the images.
 
-    Frozen stages take no gradient. Normalisation layers of frozen stages, and of every stage when
-    `keep_statistics` (pre-trained weights), stay in evaluation mode: a few groups a step are too
-    few for batch statistics.
+    Frozen stages take no gradient. Their normalisation layers, and all where `keep_statistics`
+    (pre-trained weights), stay in evaluation mode: a step is too few images for batch statistics.
     """
 
     def __init__(
@@ -45,8 +44,8 @@ class Backbone(nn.Module):
         self.frozen_stages, self.keep_statistics = frozen_stages, keep_statistics
         # channels-last is 2 to 3 times faster on a CPU
         self.stages = nn.ModuleList(stages).to(memory_format=torch.channels_last)
-        self.register_buffer("_mean", torch.tensor(self.mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("_std", torch.tensor(self.std).view(3, 1, 1), persistent=False)
+        for key, rgb in (("_mean", self.mean), ("_std", self.std)):
+            self.register_buffer(key, torch.tensor(rgb).view(3, 1, 1), persistent=False)
         self.stages[:frozen_stages].requires_grad_(False)
         self.train()
 
@@ -66,10 +65,7 @@ class Backbone(nn.Module):
         return self
 
     def forward(self, images: Tensor | None, maps: Sequence[Tensor] = ()) -> list[Tensor]:
-        """Images [M, 3, H, W], RGB in 0..1 → maps [M, channels[i], H/s, W/s], s = 4, 8, 16, 32.
-
-        Of the leading `maps`, where there are some, the stages that remain go on.
-        """
+        """Images [M, 3, H, W] in 0..1, or the leading maps → four [M, channels[i], H/s, W/s]."""
         maps = list(maps) or [self.stages[0](self.normalise(images))]
         for stage in self.stages[len(maps) :]:
             maps.append(stage(maps[-1]))
@@ -83,9 +79,8 @@ class Backbone(nn.Module):
 def make_backbone(name: str, weights: str | None, frozen_stages: int = 0) -> Backbone:
     """The backbone of that name without its classifier.
 
-    weights: "imagenet" (torchvision's first), "package" (installed with pip or part of lcco),
-    "shipped" (lcco's own model), a local file (.pth or .safetensors: the classifier, this class, or
-    a model that lcco trained), or None = random, to be trained with its statistics.
+    weights: as of `weights_file` (a classifier, this class, or a model that lcco trained), or None
+    = random, to be trained with its statistics.
     Raises: Missing for absent weights; LCCoError for an unknown name or a file that does not fit.
     """
     if about := about_start(weights):  # a trained model: its own stages over what it started from
@@ -107,10 +102,7 @@ def make_backbone(name: str, weights: str | None, frozen_stages: int = 0) -> Bac
 
 
 def classifier(name: str, weights: str | None) -> nn.Module:
-    """The whole ImageNet classifier that a backbone is cut from, in evaluation mode.
-
-    Raises: as `make_backbone`.
-    """
+    """The classifier that a backbone is cut from, for evaluation. Raises: as `make_backbone`."""
     net, _ = _network(name)
     if weights is not None:
         _fill(net, name, weights)
@@ -154,9 +146,8 @@ def _network(name: str) -> tuple[nn.Module, list[list[nn.Module]]]:
 
 # ---------------------------------------------------------------------------------- weights files
 def weights_file(name: str, weights: str) -> Path:
-    """The file behind "imagenet", "package", "shipped" or a path.
-
-    Raises: Missing within seconds when it is not there and cannot be had.
+    """The file behind "imagenet" (torchvision's first weights, for the ResNets), "package" (part of
+    lcco or installed by pip), "shipped" (lcco's own model) or a path. Raises: as `hub_file`.
     """
     if weights == "imagenet" and name.startswith("resnet"):
         return hub_file(f"timm/{name}.tv_in1k", "model.safetensors")
@@ -187,10 +178,7 @@ def about_start(weights: str | None) -> dict[str, Any] | None:
 
 
 def read_about(path: str | Path) -> dict[str, Any]:
-    """The description in a model file.
-
-    Raises: Missing without the file; LCCoError for one that is cut short or not lcco's.
-    """
+    """The description in a model file. Raises: as `reading`."""
     from safetensors import safe_open
 
     with reading(path, "a model of lcco's"), safe_open(path, "pt") as f:
@@ -198,10 +186,7 @@ def read_about(path: str | Path) -> dict[str, Any]:
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in a .safetensors or torch file, on the CPU, without wrappers.
-
-    Raises: Missing without the file; LCCoError for one that is cut short or holds something else.
-    """
+    """The state dict in a .safetensors or torch file, without wrappers. Raises: as `reading`."""
     from timm.models import load_state_dict
 
     with reading(path):
@@ -213,15 +198,15 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def reading(path: str | Path | None, what: str = "weights") -> Iterator[None]:
-    """Say in one line what goes wrong in reading a file or folder (None: none) as `what`.
+    """Say in one line what goes wrong in reading a file or folder as `what`.
 
-    Raises: Missing where there is none; LCCoError for whatever else.
+    Raises: Missing where there is none; LCCoError where it is cut short or something else.
     """
     if path and not Path(path).exists():
         raise Missing("weights", Path(path).name, f"there is no file {path}")
     try:
         yield
-    except Exception as error:  # each format has its own exceptions for the same mishap
+    except Exception as error:  # each format has its own for the same mishap
         why = f"{type(error).__name__}: {one_line(error)[:160]}"
         raise LCCoError(f"{path}: not {what}, or cut short ({why})") from None
 
@@ -239,8 +224,7 @@ def tensors_digest(state: dict[str, Tensor]) -> str:
 def hub_file(repo: str, *kinds: str, commit: str | None = None) -> Path:
     """A Hugging Face repository's file of the first of some kinds (`*.safetensors`) that it has.
 
-    It lies beside the repository's .json and .txt files; downloaded once, unless HF_HUB_OFFLINE.
-    Raises: Missing within seconds when it is not there and cannot be had.
+    Downloaded once, with all .json and .txt files. Raises: Missing within seconds if that fails.
     """
     from huggingface_hub import snapshot_download
 

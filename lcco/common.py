@@ -95,5 +95,5 @@ def progress(
         return tqdm(items, what, total, leave=False, dynamic_ncols=True)
     out = sys.stdout if "ipykernel" in sys.modules else sys.stderr
     line = "{desc}: {n_fmt}/{total_fmt}, {remaining} left\n"
-    how = {"file": out, "bar_format": line, "mininterval": every, "delay": every}
+    how = {"file": out, "bar_format": line, "mininterval": every, "miniters": 1, "delay": every}
     return tqdm(items, what, total, leave=False, **how)

@@ -109,8 +109,8 @@ def total_loss(
     parts = {"iou": iou_loss(logits, truth, present)}
     if coarse is not None and lambda_cs:
         parts["cs"] = coarse_loss(coarse, truth, present)
-    if output.class_logits is not None and lambda_c and true is not None and (true >= 0).any():
-        known = true >= 0
+    known = None if true is None else true >= 0
+    if output.class_logits is not None and lambda_c and known is not None and known.any():
         parts["c"] = classification_loss(output.class_logits[known], true[known], lc_reduction)
     if bce:
         parts["bce"] = bce_loss(logits, truth, present)

@@ -72,7 +72,7 @@ class Tower:
 
 
 class OpenClipTower(Tower):
-    """Any open_clip model by its name, lcco's own "glyph-clip", or a .json file of its form.
+    """A CLIP of open_clip's by its name, lcco's own "glyph-clip", or a .json file of its form.
 
     weights: a tag of open_clip's, a local file, "package" (beside the .json), None = random, always
     the same. Raises: Missing for absent weights; LCCoError for an unknown model or tag, a QuickGELU
@@ -82,22 +82,21 @@ class OpenClipTower(Tower):
     def __init__(self, model: str, weights: str | None, *, device: Any = None) -> None:
         import open_clip
 
-        own = model == "glyph-clip" or model.endswith(".json")
-        card, file = (_own_card if own else _named_card)(model, weights)
-        self.width, self.size = card["model_config"]["embed_dim"], card["image_size"]
+        package = str(backbones.PACKAGE_WEIGHTS / "glyph_clip.json")
+        card, file = _card(package if model == "glyph-clip" else model, weights)
         self.mean, self.std = tuple(card["mean"]), tuple(card["std"])
         with torch.random.fork_rng(devices=[]), backbones.reading(file, f"weights of `{model}`"):
             torch.manual_seed(0)
-            if not own:
-                net = open_clip.create_model(model, file and str(file), pretrained_text=False)
-            else:
-                net = open_clip.CLIP(**card["model_config"])
-            if own and file:
+            config = dict(card["model_config"])
+            custom = config.pop("custom_text", "hf_model_name" in config["text_cfg"])
+            net = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**config)
+            if file:
                 open_clip.load_checkpoint(net, str(file))
-        self.context = card["context_length"]
-        self._tokenizer = open_clip.get_tokenizer("" if own else model, self.context)
+        self.context, known = card["context_length"], model in open_clip.list_models()
+        self._tokenizer = open_clip.get_tokenizer(model if known else "", self.context)
         self.device, self._net = _device(device), net.eval().requires_grad_(False)
         self._net.to(self.device, memory_format=torch.channels_last)
+        self.width, self.size = config["embed_dim"], card["image_size"]
         self.logit_scale = float(net.logit_scale.exp())
         recipe = [card, "squash", file_digest(file) if file else "random, seed 0"]
         self.identity = f"openclip-{Path(model).stem}-{digest(recipe)}"
@@ -115,28 +114,22 @@ class OpenClipTower(Tower):
         return self._net.encode_image(x)
 
 
-def _own_card(model: str, weights: str | None) -> tuple[dict[str, Any], Path | None]:
-    """What a .json file says of a model, and its weights file."""
-    own = backbones.PACKAGE_WEIGHTS / "glyph_clip.json"
-    path = own if model == "glyph-clip" else Path(model).expanduser()
-    with backbones.reading(path, f"a model with {', '.join(CARD)}"):
-        card = json.loads(path.read_text(encoding="utf-8"))
-        card = {key: card[key] for key in CARD}
-    file = path.with_suffix(".safetensors") if weights == "package" else Path(weights or "")
-    return card, file.expanduser() if weights else None
-
-
-def _named_card(model: str, weights: str | None) -> tuple[dict[str, Any], Path | None]:
-    """The same of a model that open_clip knows by its name."""
+def _card(model: str, weights: str | None) -> tuple[dict[str, Any], Path | None]:
+    """What a .json file, or open_clip, says of a model; and its weights file."""
     import open_clip
     from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 
+    file = Path(weights).expanduser() if weights else None
+    if model.endswith(".json"):
+        with backbones.reading(model, f"a model with {', '.join(CARD)}"):
+            card = json.loads(Path(model).read_text(encoding="utf-8"))
+            card = {key: card[key] for key in CARD}
+        return card, Path(model).with_suffix(".safetensors") if weights == "package" else file
     config, tags = open_clip.get_model_config(model), list_pretrained_tags_by_model(model)
     if config is None:
         raise LCCoError(f"`tower.model` {model!r}: not in open_clip.list_models()")
     # Only a tag says how pictures are scaled; a local file is taken to be as the model's first.
     seen = get_pretrained_cfg(model, weights if weights in tags else (tags or [""])[0])
-    text, file = config["text_cfg"], Path(weights).expanduser() if weights else None
     if weights in tags:
         if config.get("quick_gelu", False) != seen.get("quick_gelu", False):
             raise LCCoError(f"QuickGELU mismatch: `{model}` needs `-quickgelu`, or must lose it")
@@ -146,14 +139,13 @@ def _named_card(model: str, weights: str | None) -> tuple[dict[str, Any], Path |
     elif file and not file.is_file():
         what = f"neither a file nor a tag of {model} ({', '.join(tags) or 'it has none'})"
         raise LCCoError(f"`tower.weights` {weights!r} is {what}")
+    text = config["text_cfg"]
     if repo := text.get("hf_tokenizer_name") or text.get("hf_model_name"):
         backbones.hub_file(repo, "tokenizer.json", "tokenizer_config.json")
     mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
-    return {
-        "model_config": config, "image_size": config["vision_cfg"]["image_size"],
-        "mean": seen.get("mean") or mean, "std": seen.get("std") or std,
-        "context_length": text.get("context_length", 77),
-    }, file  # fmt: skip
+    scaling = seen.get("mean") or mean, seen.get("std") or std, text.get("context_length", 77)
+    values = config, config["vision_cfg"]["image_size"], *scaling
+    return dict(zip(CARD, values, strict=True)), file
 
 
 class ConseTower(Tower):
