@@ -84,10 +84,7 @@ def classification_loss(class_logits: Tensor, true: Tensor, reduction: str = "me
 
 
 def bce_loss(logits: Tensor, truth: Tensor, present: Tensor) -> Tensor:
-    """Binary cross-entropy, mean over an image's valid pixels.
-
-    Deviation (`bce`): not in the paper; holds the IoU loss back from painting whole images.
-    """
+    """Binary cross-entropy over an image's valid pixels. Deviation (`bce`): not in the paper."""
     g, valid = _object_and_valid(truth, logits)
     terms = F.binary_cross_entropy_with_logits(logits, g, reduction="none") * valid
     return _mean(terms.sum(dim=(-2, -1)) / valid.sum(dim=(-2, -1)).clamp(min=1), present)

@@ -1,7 +1,6 @@
 """Pixel accuracy P, foreground IoU J, and the five named protocols under which they are reported.
 
-The same masks score differently under each protocol (sizes, thresholds, empty truth, averages), so
-a number without its protocol's name means nothing. All shares are in 0..1; tables print per cent.
+The same masks score differently under each. All shares are in 0..1; tables print per cent.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from PIL import Image
 from lcco.common import VOID, LCCoError, digest
 
 Empty = Literal["zero", "one", "skip"]
+Groups = list[tuple[list[int], int]]  # the members of each, and how many of them, first, are scored
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,8 @@ def count(pred: np.ndarray, truth: np.ndarray, ignore_void: bool = True) -> Coun
         raise ValueError(f"mask {pred.shape} and truth {on.shape} differ in size")
     counted = np.asarray(truth) != VOID if ignore_void else np.ones_like(pred)
     pred = pred & counted
-    inter, union, pixels, predicted, real = (
-        int(np.count_nonzero(x)) for x in (pred & on, pred | on, counted, pred, on)
-    )
+    masks = (pred & on, pred | on, counted, pred, on)
+    inter, union, pixels, predicted, real = map(np.count_nonzero, masks)
     return Counts(inter, union, pixels - union + inter, pixels, predicted, real)
 
 
@@ -68,20 +67,17 @@ def resize_map(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return resized[0, 0].clamp(tensor.min(), tensor.max()).numpy()
 
 
-def consecutive_groups(
-    indices: Sequence[int], n: int, repeat: bool = True
-) -> list[tuple[list[int], int]]:
-    """Cut a class into groups of n: pairs of the members and how many of them, first, are scored.
+def consecutive_groups(indices: Sequence[int], n: int, repeat: bool = True) -> Groups:
+    """Cut a class into groups of n.
 
     The remainder r is completed with the first n − r of the class, which are not scored again. In a
     class of fewer than n this repeats pictures, as the peers' code does, unless not `repeat`.
     """
     indices, r = list(indices), len(indices) % n
     groups = [(indices[k : k + n], n) for k in range(0, len(indices) - r, n)]
-    if r:
-        rest = indices[-r:]
-        groups.append((rest + [i for i in indices[: n - r] if repeat or i not in rest], r))
-    return groups
+    rest = indices[len(indices) - r :]
+    first = [i for i in indices[: n - r] if repeat or i not in rest]
+    return [*groups, (rest + first, r)] if r else groups
 
 
 def shuffled(indices: Sequence[int], seed: int, label: str) -> list[int]:
@@ -103,10 +99,8 @@ class Protocol:
     grouping: Literal["consecutive", "class", "seeded"]
     average: Literal["image", "class", "pooled"]  # of the headline P and J
 
-    def groups(
-        self, indices: Sequence[int], n: int, seed: int, label: str
-    ) -> list[tuple[list[int], int]]:
-        """The groups of one class, its images sorted by name: as of `consecutive_groups`."""
+    def groups(self, indices: Sequence[int], n: int, seed: int, label: str) -> Groups:
+        """The groups of one class, its images sorted by name."""
         if self.grouping == "class":
             return [(list(indices), len(indices))]
         if self.grouping == "seeded":
@@ -166,7 +160,6 @@ class Protocol:
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
-    """The mean of what is not None; None when nothing is left."""
     kept = [v for v in values if v is not None]
     return float(np.mean(kept)) if kept else None
 

@@ -38,7 +38,7 @@ class Output:
 
 
 def conv_ffn(c_in: int, c_mid: int, c_out: int, kernel: int = 1) -> nn.Sequential:
-    """A convolutional feed-forward network: conv, norm, ReLU, conv."""
+    """Conv, norm, ReLU, conv."""
     block = Conv2dNormActivation(c_in, c_mid, 1)
     return nn.Sequential(*block, nn.Conv2d(c_mid, c_out, kernel, padding=kernel // 2))
 
@@ -56,10 +56,7 @@ def set_mean(x: Tensor, present: Tensor) -> Tensor:
 
 
 class Modulation(nn.Module):
-    """A map modulated by a semantic; PAD repeats it over the map.
-
-    Deviation (`modulation_residual`): adds F; the printed equations have no residual.
-    """
+    """A map modulated by a semantic. Deviation (`residual`): adds the map; the equations do not."""
 
     def __init__(self, channels: int, width: int, *, residual: bool = False):
         super().__init__()
@@ -69,7 +66,8 @@ class Modulation(nn.Module):
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         """x, returned: [M, C, H, W]; z: [M, D], entries of order 1. Paper: Eq. (5), Eq. (8)."""
-        # F̂²_i = FFN3(FFN2(F²_i) ⊙ PAD(z_i)) and F̂³_i = FFN5(FFN4(F³_i) ⊙ PAD(h^txt_{i*}))
+        # F̂²_i = FFN3(FFN2(F²_i) ⊙ PAD(z_i)), F̂³_i = FFN5(FFN4(F³_i) ⊙ PAD(h^txt_{i*}));
+        # PAD repeats a vector over the map
         y = self.ffn_out(self.ffn_in(x) * z[:, :, None, None])  # [M, C, H, W]
         return x + y if self.residual else y
 

@@ -29,6 +29,7 @@ SYNONYMS, _aliases = (  # of each line, names of one thing
     for name in ("synonyms.txt", "imagenet_aliases.txt")
 )
 IMAGENET_ALIASES = {word: name for name, *rest in _aliases for word in rest}
+Colour = tuple[float, float, float]  # RGB in 0..1
 
 
 class Tower:
@@ -42,8 +43,8 @@ class Tower:
     logit_scale: float
     identity: str  # names weights and preprocessing
     size: int  # the side of the square
-    mean: tuple[float, float, float]  # RGB in 0..1; this colour stands for "nothing"
-    std: tuple[float, float, float]
+    mean: Colour  # it stands for "nothing"
+    std: Colour
     device: torch.device
     aliases: Mapping[str, str] = {}  # words that `prompts` reads by another name
     calls = 0  # images embedded so far
@@ -291,9 +292,8 @@ def prompts(tower: Tower, words: Sequence[str], templates: Sequence[str]) -> Ten
 
 
 def painted(
-    image: Image.Image, mask: np.ndarray, background: str = "zero",
-    mean: Sequence[float] = (0.5, 0.5, 0.5),
-) -> Image.Image:  # fmt: skip
+    image: Image.Image, mask: np.ndarray, background: str = "zero", mean: Colour = (0.5, 0.5, 0.5)
+) -> Image.Image:
     """The image with all pixels where `mask` is not 1 black, or of colour `mean` (0..1)."""
     pixels = np.array(image.convert("RGB"))
     pixels[mask != 1] = [0, 0, 0] if background == "zero" else [round(255 * m) for m in mean]
