@@ -53,7 +53,7 @@ def count(pred: np.ndarray, truth: np.ndarray, ignore_void: bool = True) -> Coun
     counted = np.asarray(truth) != VOID if ignore_void else np.ones_like(pred)
     pred = pred & counted
     masks = (pred & on, pred | on, counted, pred, on)
-    inter, union, pixels, predicted, real = map(np.count_nonzero, masks)
+    inter, union, pixels, predicted, real = (int(np.count_nonzero(m)) for m in masks)
     return Counts(inter, union, pixels - union + inter, pixels, predicted, real)
 
 

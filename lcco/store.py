@@ -79,33 +79,30 @@ def lock(path: Path, message: str = "") -> Iterator[None]:
         yield
 
 
-def kept(path: Path, make: Callable[[], Any]) -> Any:
-    """The value in the file `path`; where there is none, `make()`, written whole under a lock.
+def kept(
+    path: Path, make: Callable[[], Any] | None = None, write: Callable[[Path], Any] | None = None
+) -> Any:
+    """The value in the file `path`; where there is none, made under a lock and written whole.
 
-    By suffix: `.json` any JSON value, `.npy` an array, memory-mapped. A damaged file is made again.
+    By suffix: `.json` any JSON value, `.npy` an array, memory-mapped. `make()` gives the value, or
+    `write(part)` writes it to a file that then takes this name. A damaged file is made again.
     """
     import numpy as np
 
     array = path.suffix == ".npy"
-
-    def write(part: Path) -> None:
-        np.save(part, make()) if array else part.write_text(json.dumps(make()), encoding="utf-8")
-
-    kept_file(path, write)
+    if not path.is_file():
+        with lock(path.with_name(f"{path.name}.lock")):
+            if not path.is_file():  # nor made by another process in the meantime
+                with atomic_path(path) as part:
+                    if write:
+                        write(part)
+                    elif array:
+                        np.save(part, make())
+                    else:
+                        part.write_text(json.dumps(make()), encoding="utf-8")
     try:
         return np.load(path, mmap_mode="r") if array else json.loads(path.read_text("utf-8"))
     except (ValueError, EOFError, OSError) as error:
         print(f"{path}: damaged ({error}), made again", file=sys.stderr)
         path.unlink()
-        return kept(path, make)
-
-
-def kept_file(path: Path, write: Callable[[Path], Any]) -> Path:
-    """`path`, once `write(part)` has filled a file that then takes this name; done only once."""
-    path = Path(path)
-    if not path.is_file():
-        with lock(path.with_name(f"{path.name}.lock")):
-            if not path.is_file():
-                with atomic_path(path) as part:
-                    write(part)
-    return path
+        return kept(path, make, write)

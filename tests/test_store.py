@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lcco.common import LCCoError, Missing, digest, duration, few, place, progress
-from lcco.store import atomic_path, kept, kept_file, lock, read_json, write_json, write_text
+from lcco.store import atomic_path, kept, lock, read_json, write_json, write_text
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def _slow(path, log):
         time.sleep(0.5)
         part.write_text("1")
 
-    kept_file(path, write)
+    kept(path, write=write)
 
 
 def test_two_processes_make_it_once(tmp_path):

@@ -23,7 +23,7 @@ from lcco.data import CoSegData, Draw
 from lcco.data.pictures import load_square, mask_square
 from lcco.losses import true_class
 from lcco.semantics import Tower, Vocabulary, make_tower, painted, target_word
-from lcco.store import kept, kept_file
+from lcco.store import kept
 
 Box = tuple[float, float, float, float]
 Pair = tuple[int, tuple[str, ...]]  # an item, and the classes whose union is its truth
@@ -197,10 +197,7 @@ class Features:
         name = f"{kind}-{digest(recipe, 16)}.npy"
         if name not in self._memo:
             file = place("cache") / name
-            if write:
-                self._memo[name] = np.load(kept_file(file, write), mmap_mode="r")
-            else:
-                self._memo[name] = kept(file, make) if disk else make()
+            self._memo[name] = kept(file, make, write) if disk else make()
         return self._memo[name]
 
 
