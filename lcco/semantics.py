@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -46,7 +46,6 @@ class Tower:
     mean: Colour  # it stands for "nothing"
     std: Colour
     device: torch.device
-    aliases: Mapping[str, str] = {}  # words that `prompts` reads by another name
     calls = 0  # images embedded so far
 
     def encode_images(self, images: Iterable[Image.Image]) -> Tensor:
@@ -282,7 +281,7 @@ def prompts(tower: Tower, words: Sequence[str], templates: Sequence[str]) -> Ten
     """
     if not templates or any(t.count("{}") != 1 for t in templates):
         raise LCCoError(f"`tower.templates`: each needs one `{{}}` for the word: {[*templates]}")
-    words = [tower.aliases.get(word, word) for word in words]
+    words = [getattr(tower, "aliases", {}).get(word, word) for word in words]
     texts = [template.replace("{}", word) for word in words for template in templates]
     rows = {text: n for n, text in enumerate(dict.fromkeys(texts))}  # each is encoded once
     file = place("cache") / "texts" / f"{digest([tower.identity, list(rows)], 16)}.npy"

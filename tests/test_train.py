@@ -275,7 +275,7 @@ def test_a_model_file_builds_itself_and_checks_what_it_is_tied_to(base, tmp_path
     with pytest.raises(LCCoError, match="trained with another backbone"):
         load_model(file, features=make_features(base.replace(seed=1), "cpu"))
     (tmp_path / "cut.safetensors").write_bytes(file.read_bytes()[:5000])
-    with pytest.raises(LCCoError, match="cut.safetensors: not weights"):
+    with pytest.raises(LCCoError, match="cut.safetensors: not a model"):
         load_model(tmp_path / "cut.safetensors")
 
 
