@@ -27,8 +27,8 @@ TOWER, BACKBONE, PATH = "image tower", "backbone", "top-down path"
 # Module of the network → its name, and the methods that a forward pass calls of it
 MODULES = {
     "isfc": ("ISFC", ("forward",)),
-    "clip_interaction": ("CLIP interaction", ("refine", "fuse", "decode", "modulate")),
-    "clip_regularization": ("CLIP regularization", ("class_logits", "modulate")),
+    "clip_interaction": ("CLIP interaction", ("refine", "fuse", "decode", "modulate_map.forward")),
+    "clip_regularization": ("CLIP regularization", ("class_logits", "modulate_map.forward")),
 }
 BASELINE, LCCO, CACHED = "Baseline, all", "LCCo, all", "LCCo, embeddings cached"
 PARTS = (TOWER, BACKBONE, PATH, *(name for name, _ in MODULES.values()), BASELINE, LCCO, CACHED)
@@ -88,8 +88,9 @@ class _Network:
         self.read: Callable[[], float] = time.perf_counter
         self._watch(self.base, PATH, "top_down")
         for module, (name, methods) in MODULES.items():
-            for method in methods if getattr(self.full, module) is not None else ():
-                self._watch(getattr(self.full, module), name, method)
+            part = getattr(self.full, module)
+            for owner, _, method in (m.rpartition(".") for m in methods if part is not None):
+                self._watch(part.get_submodule(owner), name, method)
 
     def embed(self) -> torch.Tensor:
         """The tower's embeddings of the set, [1, N, D]."""
