@@ -455,7 +455,7 @@ class Clustering(Rival):
         mode = net.training
         net.eval()
         known = [m.to(self.device).float() for m in maps or ()]
-        maps = net.tail(known) if known else net(images.to(self.device))
+        maps = net(images if known else images.to(self.device), known)
         net.train(mode)
         grid = [self.settings["finer"] * n for n in maps[2].shape[-2:]]
         chosen = maps[self.settings["stage"] - 1].float().cpu()
