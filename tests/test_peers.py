@@ -33,7 +33,8 @@ def pictures(map_side: int | None, truth_side: int | None) -> dict[str, tuple]:
         object_, shape = (waves(np.random.default_rng(seed), shape) for shape in shapes)
         truth = (object_ > rng.uniform(0.5, 0.7)).astype(np.uint8)
         values = 0.6 * shape + 0.4 * waves(np.random.default_rng(seed + 1), shapes[1])
-        values = {"a/5": 0 * values + 0.4, "b/1": 0.7 + 0.3 * values}.get(key, values)  # flat, bright
+        if key in ("a/5", "b/1"):  # a flat map and a bright one
+            values = 0.7 + 0.3 * values if key == "b/1" else np.full_like(values, 0.4)
         out[key] = (0 * truth if key == "a/3" else truth), values.astype(np.float32)
     return out
 

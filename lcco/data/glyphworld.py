@@ -53,9 +53,9 @@ _GRID = 2  # objects are rasterised this many times finer and averaged down, for
 
 @cache
 def _contours(name: str) -> list[tuple[np.ndarray, bool]]:
-    """A symbol's contours in a centred box of longest side 1 (y down), largest first.
+    """A symbol's contours, largest first, in a centred box of longest side 1 (y down).
 
-    Returns: (points [n, 2], whether the contour adds ink) of each.
+    Each is its points [n, 2], and whether it adds ink.
     """
     path = TextPath((0, 0), CLASSES[name], size=100, prop=FontProperties(family="DejaVu Sans"))
     polygons = [np.asarray(p) for p in path.to_polygons(closed_only=True)]

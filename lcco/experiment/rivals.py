@@ -45,11 +45,11 @@ NOTHING = np.zeros((1, 1), np.float32)  # an empty mask: scorers take maps of an
 
 # ---------------------------------------------------------------------------------------- interface
 class Rival:
-    """A co-segmenter without training on the task: `rival(data, items, cls)` gives maps in 0..1.
+    """A co-segmenter without training: `rival(data, items, cls)` gives maps [h, w] in 0..1.
 
-    model: whose weights it needs; weights: where they are, a path or `repository@commit` (default:
-    HUB's). kinds: transformers' classes of its network and its processor. settings: our reading
-    where the paper is silent. semantic: whether tower and vocabulary decide its masks.
+    model: whose weights it needs, from `HUB` or the local path `weights`. kinds: transformers'
+    classes of network and processor. settings: our reading where the paper is silent. semantic:
+    whether tower and vocabulary decide its masks.
     """
 
     name, model, semantic = "", "", True
@@ -61,10 +61,6 @@ class Rival:
         self.device = torch.device(features.device)
         self.look = lru_cache(KEPT)(self.look)
 
-    def __call__(self, data: CoSegData, items: Sequence[int], cls: str) -> Iterator[np.ndarray]:
-        """A map [h, w] for each item; only rows named GT look at the class. Raises: Missing."""
-        raise NotImplementedError
-
     def look(self, data: CoSegData, i: int, word: str = "") -> Any:
         """What the network finds in one picture (of a word); remembered, so it must be compact."""
 
@@ -75,16 +71,16 @@ class Rival:
 
     @cached_property
     def folder(self) -> Path:
-        """The folder or file of its weights, downloaded once. Raises: Missing within seconds."""
-        where = self.weights or HUB.get(self.model, "")
-        path, (repo, _, commit) = Path(where).expanduser(), where.partition("@")
-        if where and path.exists():
-            return path
-        if commit:
+        """Where its weights are; the hub's are downloaded once. Raises: Missing within seconds."""
+        if not self.weights and self.model in HUB:
+            repo, commit = HUB[self.model].split("@")
             kinds = "*.safetensors", "pytorch_model*.bin"
             return backbones.hub_file(repo, *kinds, commit=commit).parent
-        how = f"there is no {path}; name a local folder, or `repository@commit` of the hub"
-        raise Missing("weights", path.name or self.model, how if where else SEEM_HOW)
+        path = Path(self.weights or self.model).expanduser()
+        if not self.weights or not path.exists():
+            how = f"there is no {path}; name a local folder" if self.weights else SEEM_HOW
+            raise Missing("weights", path.name, how)
+        return path
 
     def probabilities(self, embeddings: Tensor) -> np.ndarray:
         """Embeddings [n, D] → each one's probabilities over the vocabulary, float32 [n, P]."""
@@ -431,8 +427,8 @@ def rivals(
 ) -> dict[str, Rival]:  # fmt: skip
     """Row of Table 5 → its rival, for names in `RIVALS`; nothing is loaded yet.
 
-    weights: model ("sam", "sam3", "clipseg", "seem") → a local path, or `repository@commit`.
-    Raises: LCCoError for an unknown rival.
+    weights: model ("sam", "sam3", "clipseg", "seem") → a local path. Raises: LCCoError for another
+    name.
     """
     if unknown := [name for name in names if name not in RIVALS]:
         raise LCCoError(f"no rival `{unknown[0]}`; there are: {', '.join(RIVALS)}")
