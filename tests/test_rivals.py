@@ -235,7 +235,7 @@ def test_a_patch_is_salient_that_differs_from_the_border():
 
 
 def test_salient_clusters_are_those_of_the_images_together(parts):
-    one = make("clustering", parts, threshold=1.2, least=0.1)
+    one = make("clustering", parts, threshold=1.2, full=0.1)
     labels = torch.tensor([[[0, 1], [2, 2]], [[0, 1], [1, 2]]])
     saliency = torch.tensor([[[4.0, 2.0], [1.0, 1.0]], [[4.0, 0.5], [0.5, 3.0]]])  # means 2 and 2
     # relative: image 1 → 2, 1, 0.5; image 2 → 2, 0.25, 1.5; means 2, 0.625, 1
@@ -244,8 +244,10 @@ def test_salient_clusters_are_those_of_the_images_together(parts):
     assert torch.equal(one.salient(labels, saliency), (labels == 0) | (labels == 2))
     one.settings["threshold"] = 9.0  # none: the most salient one
     assert torch.equal(one.salient(labels, saliency), labels == 0)
-    one.settings.update(threshold=1.2, least=0.3)  # a patch of four is too little to be there
-    assert torch.equal(one.salient(labels, saliency), labels == 2)  # 0, 0.125 and 0.25
+    one.settings.update(threshold=0.6, full=0.5)  # a patch of four counts half
+    scores = (2 / 2 + 2 / 2) / 2, (1 / 2 + 0.25) / 2, (0.5 + 1.5 / 2) / 2
+    assert scores == (1, 0.375, 0.625)
+    assert torch.equal(one.salient(labels, saliency), (labels == 0) | (labels == 2))
 
 
 def test_clustering_finds_what_stands_out_in_a_set(parts, data):

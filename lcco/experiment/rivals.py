@@ -356,7 +356,7 @@ class Clustering(Rival):
     name, semantic = "Clustering (no training)", False
     settings = {  # chosen on held-out folds
         "clusters": 4, "in_drawings": 16,  # GlyphWorld's pictures hold several small objects
-        "least": 0.02,  # a cluster is in an image from this share of it on
+        "full": 0.04,  # a cluster counts in full in an image from this share of it on
         "threshold": 1.2,  # of saliency, as a multiple of the image's mean, over the images
     }  # fmt: skip
 
@@ -386,11 +386,12 @@ class Clustering(Rival):
         yield from self.salient(labels, off_border(f)).numpy()
 
     def salient(self, labels: Tensor, saliency: Tensor) -> Tensor:
-        """Whether a patch's cluster is salient where it is, and is in the images: [N, h, w]."""
+        """Whether each patch's cluster is salient where it is, and is in most images: [N, h, w]."""
         member, s = F.one_hot(labels.flatten(1)).float(), saliency.flatten(1)
         s = s / s.mean(1, keepdim=True).clamp_min(1e-8)
         inside = torch.einsum("np,npk->nk", s, member) / member.sum(1).clamp_min(1)
-        score = (inside * (member.mean(1) > self.settings["least"])).mean(0)
+        there = (member.mean(1) / self.settings["full"]).clamp_max(1)
+        score = (inside.clamp_max(2) * there).mean(0)  # [k]
         return (score >= score.max().clamp_max(self.settings["threshold"]))[labels]
 
 
