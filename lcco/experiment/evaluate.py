@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from itertools import islice, product
+from functools import cached_property, lru_cache
+from itertools import compress, islice, product
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,8 @@ from lcco.metrics import Counts, Protocol, consecutive_groups, count, get_protoc
 Segmenter = Callable[[CoSegData, list[int], str], Sequence[np.ndarray]]
 CHOICE = {"choice": "native", "choice-ufo": "ufo"}  # the choice test's size, threshold and void
 LEAST = 0.01  # choice: an object counts from this share of the image on
-# the class, the items, which of them are scored (positions), and for which evaluations
-_Set = tuple[str, list[int], Sequence[int], Sequence[str]]
+# the class, the items, whether each is scored, and for which evaluations
+_Set = tuple[str, list[int], Sequence[bool], Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def evaluate_all(segment: Segmenter, data: CoSegData, protocols: Sequence[str],
     for (label, items), kind in product(scorer.classes.items(), kinds):
         names = [name for name, p in chosen.items() if p.grouping == kind]
         groups = chosen[names[0]].groups(items, group_size, seed, label)
-        sets += [(label, members, range(new), names) for members, new in groups]
+        sets += [(label, m, [n < new for n in range(len(m))], names) for m, new in groups]
     found = scorer.score(sets, chosen) if chosen else {}
     if len(chosen) < len(protocols):
         found |= evaluate_choice(segment, data, group_size, seed)
@@ -103,12 +103,22 @@ def evaluate_absent(segment: Segmenter, data: CoSegData, absent: Sequence[int] =
     """
     if not absent or min(absent) < 0 or max(absent) > group_size - 2:
         raise LCCoError(f"absent {list(absent)}: must be 0 to {group_size - 2} of {group_size}")
-    scorer, names = _Scorer(segment, data, group_size, seed), {f"absent-{k}": k for k in absent}
-    sets = scorer.mixed_sets(sorted(names.values()))
-    found = scorer.score(sets, dict.fromkeys(names, get_protocol("native")))
-    for name, k in names.items():
+    scorer, names = _Scorer(segment, data, group_size, seed), {k: f"absent-{k}" for k in absent}
+    sets: list[_Set] = []
+    for label, items in scorer.classes.items():
+        lacking = scorer.lacking(label, max(absent))
+        shown = shuffled([i for i in items if scorer.area(i, label)], seed, label)
+        for n, (group, new) in enumerate(consecutive_groups(shown, group_size, repeat=False)):
+            intruders = shuffled(lacking, seed, f"{label} {n}")
+            for k in (k for k in absent if len(group) - k >= 2):
+                mixed = group[: len(group) - k] + intruders[:k]
+                scored = {*mixed[:new], *intruders[:k]}
+                mixed = shuffled(mixed, seed, f"{label} {n} {k}")
+                sets.append((label, mixed, [i in scored for i in mixed], [names[k]]))
+    found = scorer.score(sets, dict.fromkeys(names.values(), get_protocol("native")))
+    for k, name in names.items():
         found[name].summary.update(absent=k, share=k / group_size)
-    return {k: found[name] for name, k in names.items()}
+    return {k: found[name] for k, name in names.items()}
 
 
 class _Scorer:
@@ -146,11 +156,10 @@ class _Scorer:
     def score(self, sets: list[_Set], protocols: Mapping[str, Protocol]) -> dict[str, Evaluation]:
         rows: dict[str, list[dict[str, Any]]] = {name: [] for name in protocols}
         for label, members, scored, names in progress(sets, f"scoring {self.data.name}"):
-            maps = self.maps(members, label)
-            for at, name in product(scored, names):
-                i, p = members[at], protocols[name]
-                counts, _ = self.compare(p, maps[at], i, label)
-                rows[name].append(p.row(self.data.keys[i], label, counts))
+            pairs = zip(members, self.maps(members, label), strict=True)
+            for (i, values), name in product(compress(pairs, scored), names):
+                counts, _ = self.compare(protocols[name], values, i, label)
+                rows[name].append(protocols[name].row(self.data.keys[i], label, counts))
         ran = {name: sum(name in names for *_, names in sets) for name in protocols}
         return {n: self.evaluation(n, p, rows[n], ran[n]) for n, p in protocols.items()}
 
@@ -159,6 +168,7 @@ class _Scorer:
         about = self.data.name, self.data.digest(), name, self.group_size, self.seed
         return Evaluation(*about, p.summarise(rows) | {"groups": sets}, rows)
 
+    @cached_property
     def pictures(self) -> tuple[dict[str, dict[str, int]], dict[str, set[str]]]:
         """Picture (content hash) → class → the item that shows it as that class; and its labels."""
         holds: dict[str, dict[str, int]] = {}
@@ -168,9 +178,17 @@ class _Scorer:
         labels = {p: set(o).union(*map(self.data.labels_of, o.values())) for p, o in holds.items()}
         return holds, labels
 
+    def lacking(self, label: str, least: int) -> list[int]:
+        """Items of the pictures that lack a class. Raises: LCCoError for fewer than `least`."""
+        holds, labels = self.pictures
+        found = [next(iter(own.values())) for p, own in holds.items() if label not in labels[p]]
+        if len(found) < least:
+            raise LCCoError(f"{self.data.name}: {len(found)} pictures lack `{label}`, not {least}")
+        return found
+
     def choices(self) -> tuple[dict[str, dict[str, list[int]]], dict[str, Any]]:
         """Picture → class → the set that asks for it, the picture first; and what to tell."""
-        (holds, labels), plan, skipped, clean = self.pictures(), {}, 0, []
+        (holds, labels), plan, skipped, clean = self.pictures, {}, 0, []
         for picture, own in holds.items():
             areas = sorted((-self.area(i, c), c) for c, i in own.items()) if len(own) > 1 else []
             if not areas or areas[1][0] > -LEAST:
@@ -202,21 +220,3 @@ class _Scorer:
         for n, (i, c) in enumerate(asked):
             own = {"other": asked[1 - n][1], "leak": J[n][1 - n], "decides": J[n][n] > J[n][1 - n]}
             yield p.row(self.data.keys[i], c, both[n][n][0]) | own | shared
-
-    def mixed_sets(self, ks: list[int]) -> list[_Set]:
-        (holds, labels), sets, name = self.pictures(), [], self.data.name
-        for label, items in self.classes.items():
-            pool = [next(iter(own.values())) for p, own in holds.items() if label not in labels[p]]
-            if len(pool) < ks[-1]:
-                raise LCCoError(f"{name}: {len(pool)} pictures lack `{label}`, not {ks[-1]}")
-            shown = shuffled([i for i in items if self.area(i, label)], self.seed, label)
-            groups = consecutive_groups(shown, self.group_size, repeat=False)
-            for n, (members, new) in enumerate(groups):
-                intruders = shuffled(pool, self.seed, f"{label} {n}")[: ks[-1]]
-                for k in (k for k in ks if len(members) - k >= 2):
-                    mixed = members[: len(members) - k] + intruders[:k]
-                    scored = {*mixed[:new], *intruders[:k]}
-                    mixed = shuffled(mixed, self.seed, f"{label} {n} {k}")
-                    places = [at for at, i in enumerate(mixed) if i in scored]
-                    sets.append((label, mixed, places, [f"absent-{k}"]))
-        return sets
