@@ -1,26 +1,26 @@
-"""A segmenter on a data set: scores under the named protocols, the choice test and mixed sets."""
+"""A segmenter on a data set: scores under the named protocols, and in the choice test."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
-from itertools import compress, islice, product
+from functools import lru_cache
+from itertools import islice, product
 from typing import Any
 
 import numpy as np
 
 from lcco.common import LCCoError, progress
 from lcco.data.sets import CoSegData
-from lcco.metrics import Counts, Protocol, consecutive_groups, count, get_protocol, shuffled
+from lcco.metrics import Counts, Protocol, count, get_protocol, shuffled
 
 # (data, items of one set, the class they are scored for, which only "GT semantics" may look at)
 # → one map an item in 0..1, [h, w] of any size. An item may stand twice in a set.
 Segmenter = Callable[[CoSegData, list[int], str], Sequence[np.ndarray]]
 CHOICE = {"choice": "native", "choice-ufo": "ufo"}  # the choice test's size, threshold and void
 LEAST = 0.01  # choice: an object counts from this share of the image on
-# the class, the items, whether each is scored, and for which evaluations
-_Set = tuple[str, list[int], Sequence[bool], Sequence[str]]
+# the class, the items, how many of them, first, are scored, and under which protocols
+_Set = tuple[str, list[int], int, Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def evaluate_all(segment: Segmenter, data: CoSegData, protocols: Sequence[str],
     for (label, items), kind in product(scorer.classes.items(), kinds):
         names = [name for name, p in chosen.items() if p.grouping == kind]
         groups = chosen[names[0]].groups(items, group_size, seed, label)
-        sets += [(label, m, [n < new for n in range(len(m))], names) for m, new in groups]
+        sets += [(label, members, new, names) for members, new in groups]
     found = scorer.score(sets, chosen) if chosen else {}
     if len(chosen) < len(protocols):
         found |= evaluate_choice(segment, data, group_size, seed)
@@ -91,36 +91,6 @@ def evaluate_choice(segment: Segmenter, data: CoSegData, group_size: int = 5,
     return out
 
 
-def evaluate_absent(segment: Segmenter, data: CoSegData, absent: Sequence[int] = (0, 1, 2, 3),
-                    group_size: int = 5, seed: int = 0) -> dict[int, Evaluation]:  # fmt: skip
-    """Score mixed sets, in which k images are intruders that lack the object, for k in `absent`.
-
-    The sets are the seeded groups of `native` among the images that show the class; the last k give
-    way to intruders (for k + 1 the same ones, plus one), and the order is shuffled. No label says
-    that an intruder holds the class. Sets of fewer than two others are left out.
-    Returns: k → `absent-k`, whose rows are the scored images and (`empty`) intruders, by `native`.
-    Raises: LCCoError for a k that leaves no two images, or a class that too few pictures lack.
-    """
-    if not absent or min(absent) < 0 or max(absent) > group_size - 2:
-        raise LCCoError(f"absent {list(absent)}: must be 0 to {group_size - 2} of {group_size}")
-    scorer, names = _Scorer(segment, data, group_size, seed), {k: f"absent-{k}" for k in absent}
-    sets: list[_Set] = []
-    for label, items in scorer.classes.items():
-        lacking = scorer.lacking(label, max(absent))
-        shown = shuffled([i for i in items if scorer.area(i, label)], seed, label)
-        for n, (group, new) in enumerate(consecutive_groups(shown, group_size, repeat=False)):
-            intruders = shuffled(lacking, seed, f"{label} {n}")
-            for k in (k for k in absent if len(group) - k >= 2):
-                mixed = group[: len(group) - k] + intruders[:k]
-                scored = {*mixed[:new], *intruders[:k]}
-                mixed = shuffled(mixed, seed, f"{label} {n} {k}")
-                sets.append((label, mixed, [i in scored for i in mixed], [names[k]]))
-    found = scorer.score(sets, dict.fromkeys(names.values(), get_protocol("native")))
-    for k, name in names.items():
-        found[name].summary.update(absent=k, share=k / group_size)
-    return {k: found[name] for k, name in names.items()}
-
-
 class _Scorer:
     """A segmenter and a set; `classes` by name, each with its items sorted by key."""
 
@@ -155,9 +125,9 @@ class _Scorer:
 
     def score(self, sets: list[_Set], protocols: Mapping[str, Protocol]) -> dict[str, Evaluation]:
         rows: dict[str, list[dict[str, Any]]] = {name: [] for name in protocols}
-        for label, members, scored, names in progress(sets, f"scoring {self.data.name}"):
-            pairs = zip(members, self.maps(members, label), strict=True)
-            for (i, values), name in product(compress(pairs, scored), names):
+        for label, members, new, names in progress(sets, f"scoring {self.data.name}"):
+            maps = self.maps(members, label)
+            for (i, values), name in product(zip(members[:new], maps[:new], strict=True), names):
                 counts, _ = self.compare(protocols[name], values, i, label)
                 rows[name].append(protocols[name].row(self.data.keys[i], label, counts))
         ran = {name: sum(name in names for *_, names in sets) for name in protocols}
@@ -168,7 +138,6 @@ class _Scorer:
         about = self.data.name, self.data.digest(), name, self.group_size, self.seed
         return Evaluation(*about, p.summarise(rows) | {"groups": sets}, rows)
 
-    @cached_property
     def pictures(self) -> tuple[dict[str, dict[str, int]], dict[str, set[str]]]:
         """Picture (content hash) → class → the item that shows it as that class; and its labels."""
         holds: dict[str, dict[str, int]] = {}
@@ -178,17 +147,9 @@ class _Scorer:
         labels = {p: set(o).union(*map(self.data.labels_of, o.values())) for p, o in holds.items()}
         return holds, labels
 
-    def lacking(self, label: str, least: int) -> list[int]:
-        """Items of the pictures that lack a class. Raises: LCCoError for fewer than `least`."""
-        holds, labels = self.pictures
-        found = [next(iter(own.values())) for p, own in holds.items() if label not in labels[p]]
-        if len(found) < least:
-            raise LCCoError(f"{self.data.name}: {len(found)} pictures lack `{label}`, not {least}")
-        return found
-
     def choices(self) -> tuple[dict[str, dict[str, list[int]]], dict[str, Any]]:
         """Picture → class → the set that asks for it, the picture first; and what to tell."""
-        (holds, labels), plan, skipped, clean = self.pictures, {}, 0, []
+        (holds, labels), plan, skipped, clean = self.pictures(), {}, 0, []
         for picture, own in holds.items():
             areas = sorted((-self.area(i, c), c) for c, i in own.items()) if len(own) > 1 else []
             if not areas or areas[1][0] > -LEAST:
