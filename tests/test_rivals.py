@@ -23,7 +23,6 @@ from lcco.experiment.features import Features
 from lcco.experiment.rivals import (
     HUB,
     RIVALS,
-    boxes_of,
     cut_out,
     kmeans,
     off_border,
@@ -190,15 +189,6 @@ def test_a_cut_out_is_cropped_whitened_and_padded_as_worked_by_hand():
     mask[0:5, 4] = True  # 5 × 1: two white columns on either side
     out = np.asarray(cut_out(np.zeros((9, 9, 3), np.uint8), mask))
     assert out.shape == (5, 5, 3) and (out[:, 2] == 0).all() and (out[:, [0, 1, 3, 4]] == 255).all()
-
-
-def test_boxes_are_one_an_object():
-    mask = np.zeros((10, 12), bool)
-    assert boxes_of(mask) == []
-    mask[1:3, 2:5] = True
-    mask[3, 5] = True  # touches at a corner: the same object
-    mask[6:9, 8:10] = True
-    assert boxes_of(mask) == [[2, 1, 6, 4], [8, 6, 10, 9]]
 
 
 def test_the_class_of_a_set_is_voted_by_sum():
@@ -409,7 +399,13 @@ def test_sam_gt_is_given_the_true_boxes(parts, weights, data):
     gt.net = model, Processor()
     (mask,) = gt(data, [data.groups["cow"][0]], "cow")
     assert asked == [[list(drawn.BOX)]] and mask.shape == drawn.SIZE[::-1]
-    assert not np.any(list(gt(data, [data.groups["cow"][0]], "dog"))) and len(asked) == 1
+    two = np.zeros((32, 48), np.uint8)
+    two[1:3, 2:5] = two[3, 5] = 1  # touches at a corner: the same object
+    two[6:9, 8:10] = 1
+    data.mask = lambda i, classes: two * (classes == ["cow"])
+    list(gt(data, [1], "cow"))
+    assert asked[1:] == [[[2, 1, 6, 4], [8, 6, 10, 9]]]
+    assert not np.any(list(gt(data, [1], "dog"))) and len(asked) == 2  # nothing to ask for
 
 
 # ------------------------------------------------------------------------------------------- SEEM

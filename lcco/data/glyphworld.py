@@ -10,6 +10,7 @@ import colorsys
 from collections.abc import Collection, Iterator, Sequence
 from functools import cache, lru_cache
 from itertools import permutations
+from pathlib import Path
 
 import numpy as np
 from matplotlib.font_manager import FontProperties
@@ -21,20 +22,11 @@ from lcco.data.sets import CoSegData
 
 VERSION = 1  # counts up whenever the same seed would draw something else
 
-# name → symbol. The last 12 are for testing: no picture of a training fold holds one.
-CLASSES: dict[str, str] = {
-    "sun": "☀", "cloud": "☁", "star": "★", "snowman": "☃", "shamrock": "☘", "pointing hand": "☛",
-    "radiation sign": "☢", "yin yang": "☯", "ship wheel": "☸", "smiling face": "☺",
-    "chess king": "♔", "chess rook": "♜", "chess pawn": "♟", "spade": "♠", "music note": "♬",
-    "recycling sign": "♻", "die": "⚄", "hammers": "⚒", "scales": "⚖", "urn": "⚱", "scissors": "✂",
-    "envelope": "✉", "pencil": "✎", "snowflake": "❄", "house": "⌂", "monkey": "🐵", "arrow": "⬅",
-    "lightning": "⚡",
-    "umbrella": "☂", "telephone": "☎", "teacup": "☕", "skull": "☠", "chess knight": "♞",
-    "heart": "♥", "flag": "⚑", "anchor": "⚓", "gear": "⚙", "airplane": "✈", "flower": "✿",
-    "cat": "🐱",
-}  # fmt: skip
-TRAIN_CLASSES: tuple[str, ...] = tuple(CLASSES)[:28]
-TEST_CLASSES: tuple[str, ...] = tuple(CLASSES)[28:]
+# The symbols of the names in vocab/glyphs.txt. No picture of a training fold holds a test class.
+_TRAIN, _TEST = "☀☁★☃☘☛☢☯☸☺♔♜♟♠♬♻⚄⚒⚖⚱✂✉✎❄⌂🐵⬅⚡", "☂☎☕☠♞♥⚑⚓⚙✈✿🐱"
+_NAMES = (Path(__file__).parents[1] / "vocab/glyphs.txt").read_text(encoding="utf-8").splitlines()
+CLASSES: dict[str, str] = dict(zip(_NAMES, _TRAIN + _TEST, strict=True))  # name → symbol
+TRAIN_CLASSES, TEST_CLASSES = tuple(_NAMES[: len(_TRAIN)]), tuple(_NAMES[len(_TRAIN) :])
 _LABELS = {name: n for n, name in enumerate(CLASSES, 1)}
 _LINE_ART = frozenset({  # the outline is filled and the lines stand on it, darker
     "snowman", "smiling face", "chess king", "die", "envelope", "pencil", "house", "monkey",

@@ -138,18 +138,14 @@ class _Scorer:
         about = self.data.name, self.data.digest(), name, self.group_size, self.seed
         return Evaluation(*about, p.summarise(rows) | {"groups": sets}, rows)
 
-    def pictures(self) -> tuple[dict[str, dict[str, int]], dict[str, set[str]]]:
-        """Picture (content hash) → class → the item that shows it as that class; and its labels."""
-        holds: dict[str, dict[str, int]] = {}
+    def choices(self) -> tuple[dict[str, dict[str, list[int]]], dict[str, Any]]:
+        """Picture → class → the set that asks for it, the picture first; and what to tell."""
+        plan, skipped, clean = {}, 0, []
+        holds: dict[str, dict[str, int]] = {}  # picture (content) → class → the item that shows it
         pairs = [(i, c) for c, items in self.classes.items() for i in items]
         for i, label in sorted(pairs, key=lambda pair: self.data.keys[pair[0]]):
             holds.setdefault(self.data.content(i), {}).setdefault(label, i)
         labels = {p: set(o).union(*map(self.data.labels_of, o.values())) for p, o in holds.items()}
-        return holds, labels
-
-    def choices(self) -> tuple[dict[str, dict[str, list[int]]], dict[str, Any]]:
-        """Picture → class → the set that asks for it, the picture first; and what to tell."""
-        (holds, labels), plan, skipped, clean = self.pictures(), {}, 0, []
         for picture, own in holds.items():
             areas = sorted((-self.area(i, c), c) for c, i in own.items()) if len(own) > 1 else []
             if not areas or areas[1][0] > -LEAST:

@@ -95,8 +95,8 @@ class Rival:
             files = self.folder.glob("*.*") if self.folder.is_dir() else [self.folder]
             out["weights"] = {file.name: file_digest(file) for file in sorted(files)}
         if self.semantic:
-            out |= {"tower": self.features.tower.identity, "vocabulary_hash": self.words.hash}
-            out |= {"templates": list(self.words.templates)}
+            out |= {"tower": self.features.tower.identity, "templates": self.words.templates}
+            out["vocabulary_hash"] = self.words.hash
         return out
 
     @cached_property
@@ -109,20 +109,19 @@ class Rival:
         self, test: CoSegData, protocols: Sequence[str], group_size: int = 5
     ) -> dict[str, Evaluation]:
         """Scores under protocols (`choice` too), each computed once and kept. Raises: Missing."""
-
-        def make(protocol: str) -> dict[str, Any]:
-            (one,) = evaluate_all(self, test, [protocol], group_size).values()
-            return {"scores": asdict(one), "scored_by": environment()}
-
         on, out = {"digest": test.digest(), "masks": test.truth_digest()}, {}
         for p in protocols:
             name = f"{test.name}-{p}-{group_size}-{digest(on, 10)}.json".replace("/", "_")
-            found = kept(self.path / name, partial(make, p))
+            found = kept(self.path / name, partial(self._score, test, p, group_size))
             self.record["data"][test.name], self.record["environment"] = on, found["scored_by"]
             out[p] = Evaluation(**found["scores"])
         self.__dict__.pop("net", None)  # its memory is for the next rival
         self.look.cache_clear()
         return out
+
+    def _score(self, test: CoSegData, protocol: str, group_size: int) -> dict[str, Any]:
+        (found,) = evaluate_all(self, test, [protocol], group_size).values()
+        return {"scores": asdict(found), "scored_by": environment()}
 
 
 def _load(kind: str, folder: Path, device: torch.device) -> Any:
@@ -148,7 +147,7 @@ def vote(scores: Sequence[np.ndarray]) -> int:
 
 # ---------------------------------------------------------------------------------------------- SAM
 class Sam(Rival):
-    """SAM's automatic masks, each cut out and classified by the tower; the set's class is voted.
+    """SAM's automatic masks, cut out and classified by the tower; the set's class is voted.
 
     The mask of an image is the one most likely of that class.
     Deviation: the paper names SAM, CLIP and no more; how they work together is our reading.
@@ -206,8 +205,11 @@ class SamGT(Rival):
 
     @torch.no_grad()
     def look(self, data: CoSegData, i: int, word: str = "") -> np.ndarray:
-        """The union of the masks of all boxes, bool [H, W]."""
-        if not (boxes := boxes_of(data.mask(i, [word]) == 1)):
+        """The union of the masks of all objects, by their boxes [x0, y0, x1, y1] in pixels."""
+        objects, _ = ndimage.label(data.mask(i, [word]) == 1, np.ones((3, 3)))
+        found = ndimage.find_objects(objects)
+        boxes = [[float(v) for v in (x.start, y.start, x.stop, y.stop)] for y, x in found]
+        if not boxes:
             return NOTHING
         model, processor = self.net
         given = processor(images=data.image(i), input_boxes=[boxes], return_tensors="pt")
@@ -218,20 +220,13 @@ class SamGT(Rival):
         return masks.flatten(0, 1).any(0).numpy()
 
 
-def boxes_of(mask: np.ndarray) -> list[list[float]]:
-    """Boxes [x0, y0, x1, y1] (pixel edges) of a mask's connected objects."""
-    labels, _ = ndimage.label(mask, np.ones((3, 3)))
-    found = ndimage.find_objects(labels)
-    return [[float(v) for v in (x.start, y.start, x.stop, y.stop)] for y, x in found]
-
-
 # --------------------------------------------------------------------------------------------- SEEM
 class Seem(Rival):
     """SEEM's panoptic output through the user's own checkout (its `modeling` and `utils`).
 
     The set's class is the thing that most images show. Written against SEEM's published form:
     `evaluate([{image, height, width}])[-1]["panoptic_seg"]` is a map of segment numbers and a list
-    of {id, category_id, isthing}, the categories being `COCO_PANOPTIC_CLASSES`.
+    of {id, category_id, isthing}.
     Deviation: the paper does not say how a tie ends (by area here), nor that only things vote.
     """
 
