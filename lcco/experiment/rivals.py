@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -292,7 +292,7 @@ class SeemGT(Seem):
         things, classes = {word.casefold() for word in vocabulary("coco80")}, self.net[1]
         names = [name for name in dict.fromkeys(classes) if name.casefold() in things]
         table = prompts(self.features.tower, names, self.words.templates)
-        known = Vocabulary(tuple(names), table, "", self.words.templates)
+        known = replace(self.words, words=tuple(names), embeddings=table)
         return classes.index(names[known.nearest(cls, self.features.tower)])
 
 
@@ -369,9 +369,10 @@ class Clustering(Rival):
     def patches(self, data: CoSegData, items: Sequence[int]) -> Tensor:
         """Unit features [N, h, w, D] of the third stage, on twice its grid."""
         images, maps = self.features.visual(data, items)
-        known = [m.to(self.device).float() for m in maps or ()]
-        maps = self.net.tail(known) if known else self.net(images.to(self.device))
-        fine = F.interpolate(maps[2].float(), scale_factor=2, mode="bilinear")
+        x = maps[:3][-1].float() if maps else self.net.normalise(images)
+        for stage in self.net.stages[len(maps or ()) : 3]:
+            x = stage(x.to(self.device))
+        fine = F.interpolate(x, scale_factor=2, mode="bilinear")
         return F.normalize(fine, dim=1).permute(0, 2, 3, 1).cpu()
 
     def __call__(self, data: CoSegData, items: Sequence[int], cls: str) -> Iterator[np.ndarray]:
