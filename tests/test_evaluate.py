@@ -285,6 +285,7 @@ def test_jpeg_truth(tmp_path, monkeypatch):
     ("answer", "message"),
     [
         (lambda items: [bar(0, 1) * 7.5 for _ in items], "a/1: .* 7.5 to 7.5, not 0..1"),
+        (lambda items: [bar(0, 1) * 1.01 for _ in items], "not 0..1"),
         (lambda items: [np.full((2, 2), np.nan) for _ in items], "nan"),
         (lambda items: [bar(0, 1)], "one .* map an image"),
         (lambda items: [np.zeros((1, 2, 2)) for _ in items], "one .* map an image"),
@@ -326,6 +327,10 @@ def salient(data, items, cls):
     return [data.mask(i, list(CLASSES)) for i in items]
 
 
+def nothing(data, items, cls):
+    return [data.mask(i, []) for i in items]
+
+
 def contrary(data, items, cls):
     return [data.mask(i, ["b" if cls == "a" else "a"]) for i in items]
 
@@ -338,6 +343,7 @@ def contrary(data, items, cls):
         (common, 1, 0, 1, 1 / 2, 0),
         (salient, 1 / 2, 1 / 2, 1 / 2, 1 / 2, 1),  # asked for a it leaks less, asked for b more
         (contrary, 0, 1, 0, 1 / 2, 0),
+        (nothing, 0, 0, 0, 0, 1),
     ],
 )
 def test_choice_by_hand(segment, J, leak, decides, same, agreement):

@@ -13,7 +13,6 @@ import pytest
 
 from lcco.config import profile_names
 from lcco.experiment.plan import NOTEBOOKS as NUMBERS
-from lcco.experiment.tables import read_table
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(p.stem for p in (ROOT / "notebooks").glob("*.ipynb"))
@@ -126,8 +125,7 @@ def test_runs_at_smoke(stem, shared):
     red = [o.text for c in made.cells for o in c.get("outputs", ()) if o.get("name") == "stderr"]
     assert not red, red
     for name in TABLES.get(stem, ()):
-        table = read_table(out / f"{name}.csv")
-        assert len(table.rows) and table.rows["status"].eq("measured").any()
+        assert ",measured," in (out / f"{name}.csv").read_text(encoding="utf-8")
         assert all((out / f"{name}.{k}").stat().st_size for k in ("md", "tex", "records.json"))
     for name in FIGURES[stem]:
         assert all((out / f"{name}.{kind}").stat().st_size for kind in ("png", "pdf"))
