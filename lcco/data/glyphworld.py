@@ -7,8 +7,8 @@ occluded. Most pictures hold objects of two or three classes: only a set tells w
 from __future__ import annotations
 
 import colorsys
+import functools
 from collections.abc import Collection, Iterator, Sequence
-from functools import cache, lru_cache
 from itertools import permutations
 from pathlib import Path
 
@@ -43,7 +43,7 @@ _COUNTS = {"pretrain": 4000, "train": 3000, "holdout": 300, "test": 25, "choice"
 _GRID = 2  # objects are rasterised this many times finer and averaged down, for smooth edges
 
 
-@cache
+@functools.cache
 def _contours(name: str) -> list[tuple[np.ndarray, bool]]:
     """A symbol's contours, largest first, in a centred box of longest side 1 (y down).
 
@@ -83,7 +83,7 @@ def _raster(name: str, extent: float, angle: float) -> tuple[np.ndarray, np.ndar
     return cover, (1 - lines if name in _LINE_ART else lines)
 
 
-@cache
+@functools.cache
 def _scale(name: str) -> float:
     """How much larger a thin or flat symbol is drawn, so that classes cover similar areas."""
     cover, _ = _raster(name, 64.0, 0.0)
@@ -201,7 +201,8 @@ class GlyphWorld(CoSegData):
         groups = {c: items for c, items in groups.items() if items}
         super().__init__(f"glyphworld_{fold}", "glyphworld", keys, groups)
         self.size, self._seed = size, list(_COUNTS).index(fold)
-        self._drawn = lru_cache(512)(lambda i: draw(self.scenes[i], (self._seed, i), size))
+        remembered = functools.lru_cache(512)
+        self._drawn = remembered(lambda i: draw(self.scenes[i], (self._seed, i), size))
 
     def image(self, i: int) -> Image.Image:
         return self._drawn(i)[0].copy()
