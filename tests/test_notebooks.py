@@ -106,7 +106,7 @@ def papermill(base: Path, stem: str, *words: str) -> subprocess.CompletedProcess
     """Run a notebook from a folder outside the repository, results to a relative folder."""
     keep = {k: v for k, v in os.environ.items() if k != "LCCO_DATA"}
     keep |= {"LCCO_RUNS": str(base / "runs"), "LCCO_CACHE": str(base / "cache")}
-    keep |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "LCCO_OFFLINE": "1"}
+    keep |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     file = str(ROOT / "notebooks" / f"{stem}.ipynb")
     command = [sys.executable, "-m", "papermill", file, f"{stem}.ipynb", "--no-progress-bar"]
     where = base / "elsewhere"

@@ -314,7 +314,7 @@ def test_a_model_file_builds_itself_and_checks_what_it_is_tied_to(base, tmp_path
     with pytest.raises(LCCoError, match="not a model of these settings"):
         load_model(told(file, {"experiment": base.replace({"model.width": 8}).model_dump()}))
     (tmp_path / "cut.safetensors").write_bytes(file.read_bytes()[:5000])
-    with pytest.raises(LCCoError, match="cut.safetensors: not weights"):
+    with pytest.raises(LCCoError, match="cut.safetensors: not a model"):
         load_model(tmp_path / "cut.safetensors")
 
 

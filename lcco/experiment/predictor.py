@@ -50,9 +50,8 @@ class Predictor:
 
     @torch.no_grad()
     def output(
-        self, data: CoSegData, items: Sequence[int], cls: str | None = None,
-        return_maps: bool = False,
-    ) -> Output:  # fmt: skip
+        self, data: CoSegData, items: Sequence[int], cls: str | None = None
+    ) -> Output:
         """The network's `Output` for one set of items. cls: the true class, used with `gt` only."""
         f, device, target = self.features, self.features.device, None
         images, maps = f.visual(data, items, keep=self.keep)
@@ -65,7 +64,7 @@ class Predictor:
                 f.embeddings(data, items, keep=self.keep)[None].to(device),
                 self.vocabulary.embeddings.to(device),
                 maps=maps and [m[None].to(device).float() for m in maps],
-                target=target, k=self.k, return_maps=return_maps,
+                target=target, k=self.k,
             )  # fmt: skip
 
     def __call__(self, data: CoSegData, items: Sequence[int], cls: str | None = None) -> np.ndarray:

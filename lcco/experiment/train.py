@@ -31,7 +31,7 @@ from lcco.data import CoSegData, GroupSampler, load_data
 from lcco.experiment.features import deterministic, make_features
 from lcco.experiment.predictor import Predictor, build_model, fill, save_model, trained_state
 from lcco.losses import total_loss, true_class
-from lcco.metrics import consecutive_groups, jaccard
+from lcco.metrics import consecutive_groups, count
 from lcco.semantics import make_vocabulary, target_word
 from lcco.store import atomic_path, write_text
 
@@ -93,7 +93,7 @@ def holdout_score(predict: Predictor, data: CoSegData, group_size: int) -> float
         for members, scored in consecutive_groups(list(indices), group_size, repeat=False):
             for i, p in list(zip(members, predict(data, members, cls), strict=True))[:scored]:
                 truth = predict.features.truth(data, i, (cls,))
-                scores.append(jaccard(p > 0.5, truth, empty="one") or 0.0)
+                scores.append(count(p > 0.5, truth).jaccard("one") or 0.0)
     return float(np.mean(scores))
 
 
