@@ -105,9 +105,8 @@ class Rival:
         slug = re.sub("[^a-z0-9]+", "-", self.name.lower()).strip("-")
         return place("cache") / "rivals" / f"{slug}-{digest(self.record, 10)}"
 
-    def evaluate(
-        self, test: CoSegData, protocols: Sequence[str], group_size: int = 5
-    ) -> dict[str, Evaluation]:
+    def evaluate(self, test: CoSegData, protocols: Sequence[str],
+                 group_size: int = 5) -> dict[str, Evaluation]:  # fmt: skip
         """Scores under protocols (`choice` too), each computed once and kept. Raises: Missing."""
         on, out = {"digest": test.digest(), "masks": test.truth_digest()}, {}
         for p in protocols:
@@ -419,10 +418,8 @@ RIVALS: dict[str, type[Rival]] = {  # in the order of Table 5; LCCo's rows stand
 }  # fmt: skip
 
 
-def rivals(
-    names: Sequence[str], features: Features, words: Vocabulary,
-    weights: Mapping[str, str] | None = None,
-) -> dict[str, Rival]:  # fmt: skip
+def rivals(names: Sequence[str], features: Features, words: Vocabulary,
+           weights: Mapping[str, str] | None = None) -> dict[str, Rival]:  # fmt: skip
     """Row of Table 5 → its rival, for names in `RIVALS`; nothing is loaded yet.
 
     weights: model ("sam", "sam3", "clipseg", "seem") → a local path. Raises: LCCoError.
