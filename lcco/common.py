@@ -20,27 +20,19 @@ class LCCoError(Exception):
 
 
 class Missing(LCCoError):
-    """Data or weights that are not on this machine: `name` of them, and `how` to get them."""
+    """Data or weights that are not on this machine, `how` to get them, and a table's `status`."""
 
     def __init__(self, kind: Literal["data", "weights"], name: str, how: str) -> None:
         super().__init__(f"{kind} `{name}` not found: {how}")
-        self.kind, self.name, self.how = kind, name, how
-
-    @property
-    def status(self) -> str:
-        """What a table says of the row: `not run: data not found (msrc7)`."""
-        return f"not run: {self.kind} not found ({self.name})"
+        self.how, self.status = how, f"not run: {kind} not found ({name})"
 
 
 def project_root() -> Path:
-    """The repository: the nearest folder above the working directory or this package.
-
-    An installed package without a checkout falls back to the working directory.
-    """
-    bases = Path.cwd(), Path(__file__).resolve().parent
-    folders = (folder for base in bases for folder in (base, *base.parents))
-    marks = ("pyproject.toml", "notebooks")
-    return next((f for f in folders if all((f / m).exists() for m in marks)), Path.cwd())
+    """The repository around the working directory, else this package, else that directory."""
+    for folder in (Path.cwd(), *Path.cwd().parents, *Path(__file__).resolve().parents):
+        if (folder / "pyproject.toml").exists() and (folder / "notebooks").exists():
+            return folder
+    return Path.cwd()
 
 
 def place(kind: Literal["runs", "cache", "data"]) -> Path:
@@ -51,11 +43,10 @@ def place(kind: Literal["runs", "cache", "data"]) -> Path:
 
 def digest(value: Any, length: int = 12) -> str:
     """A short sha256 of bytes, text or a JSON-able value; the same on every machine."""
-    if isinstance(value, str):
-        value = value.encode()
-    if not isinstance(value, bytes):
-        value = json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
-    return hashlib.sha256(value).hexdigest()[:length]
+    if not isinstance(value, (bytes, str)):
+        value = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    data = value.encode() if isinstance(value, str) else value
+    return hashlib.sha256(data).hexdigest()[:length]
 
 
 def file_digest(path: Path, length: int = 12) -> str:
@@ -85,15 +76,11 @@ def duration(seconds: float) -> str:
 def progress(
     items: Iterable[T], what: str, total: int | None = None, every: float = 10.0
 ) -> Iterable[T]:
-    """The items, while telling how far it is: a bar in a terminal, else a line in `every` seconds.
-
-    Widget bars are lost in saved notebooks, which show stderr in red: lines go to stdout there.
-    """
+    """The items, telling how far it is: a bar in a terminal, else a line in `every` seconds."""
     from tqdm import tqdm
 
-    if sys.stderr.isatty():
-        return tqdm(items, what, total, leave=False, dynamic_ncols=True)
-    out = sys.stdout if "ipykernel" in sys.modules else sys.stderr
     line = "{desc}: {n_fmt}/{total_fmt}, {remaining} left\n"
-    how = {"file": out, "bar_format": line, "mininterval": every, "miniters": 1, "delay": every}
-    return tqdm(items, what, total, leave=False, **how)
+    how = {"bar_format": line, "mininterval": every, "miniters": 1, "delay": every}
+    # Saved notebooks lose widgets, and show stderr in red.
+    out = sys.stdout if "ipykernel" in sys.modules else sys.stderr
+    return tqdm(items, what, total, leave=False, file=out, **({} if out.isatty() else how))

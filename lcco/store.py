@@ -11,6 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import filelock
+import numpy as np
+
 from lcco.common import LCCoError, place
 
 
@@ -21,17 +24,16 @@ def _writable(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
+        why = f"{folder}: cannot be written to ({error.strerror})"
         for kind in ("runs", "cache"):
             if folder.absolute().is_relative_to(place(kind).absolute()):
-                why = f"cannot be written to ({error.strerror})"
-                raise LCCoError(f"{folder}: {why}; set LCCO_{kind.upper()} to another") from None
+                raise LCCoError(f"{why}; set LCCO_{kind.upper()} to another") from None
         raise
 
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Give a file beside `path` to write; on success it is synced and renamed to `path`."""
-    path = Path(path)
     # A short name: `path.name` may already be as long as the disk allows.
     part = path.with_name(f".part-{uuid.uuid4().hex[:8]}{path.suffix[:12]}")
     with _writable(path.parent):
@@ -58,7 +60,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """The value in a JSON file. Raises: LCCoError naming a file that is damaged."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         raise LCCoError(f"{path}: damaged; delete it and it is made again") from None
 
@@ -66,10 +68,8 @@ def read_json(path: Path) -> Any:
 @contextlib.contextmanager
 def lock(path: Path, message: str = "") -> Iterator[None]:
     """Hold an exclusive lock on the file `path`; a second process says so and waits."""
-    import filelock
-
     held = filelock.FileLock(path)
-    with _writable(Path(path).parent):
+    with _writable(path.parent):
         try:
             taken = held.acquire(timeout=0)
         except filelock.Timeout:
@@ -84,17 +84,13 @@ def kept(path: Path, make: Callable[[], Any]) -> Any:
 
     By suffix: `.json` any JSON value, `.npy` an array, memory-mapped. A damaged file is made again.
     """
-    import numpy as np
-
     array = path.suffix == ".npy"
+    save = np.save if array else lambda part, value: part.write_text(json.dumps(value), "utf-8")
     if not path.is_file():
         with lock(path.with_name(f"{path.name}.lock")):
             if not path.is_file():  # nor made by another process in the meantime
                 with atomic_path(path) as part:
-                    if array:
-                        np.save(part, make())
-                    else:
-                        part.write_text(json.dumps(make()), encoding="utf-8")
+                    save(part, make())
     try:
         return np.load(path, mmap_mode="r") if array else json.loads(path.read_text("utf-8"))
     except (ValueError, EOFError, OSError) as error:

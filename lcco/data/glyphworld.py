@@ -7,8 +7,8 @@ occluded. Most pictures hold objects of two or three classes: only a set tells w
 from __future__ import annotations
 
 import colorsys
-import functools
 from collections.abc import Collection, Iterator, Sequence
+from functools import cache, lru_cache
 from itertools import permutations
 from pathlib import Path
 
@@ -31,17 +31,16 @@ _LABELS = {name: n for n, name in enumerate(CLASSES, 1)}
 _LINE_ART = "☃☺♔⚄✉✎⌂🐵☕☠🐱☯"  # the outline is filled and the lines stand on it, darker
 _OPEN = "☸♻⚖✂❄⚓⚙♬"  # one sees the background through the holes; those of others have a shade
 _GREY = (0.299, 0.587, 0.114)
-_TRIES = 40  # of a colour and of a layout
 _Scene = tuple[str, tuple[str, ...], tuple[str, ...]]  # key, classes, groups
 _COUNTS = {"pretrain": 4000, "train": 3000, "holdout": 300, "test": 25, "choice": 264}
 _GRID = 2  # objects are rasterised this many times finer and averaged down, for smooth edges
 
 
-@functools.cache
+@cache
 def _contours(name: str) -> list[tuple[np.ndarray, bool]]:
     """A symbol's contours, largest first, in a centred box of longest side 1 (y down).
 
-    Each is its points [n, 2], and whether it adds ink.
+    Each is its points [n, 2], and whether it adds ink: a font turns inner ones the other way round.
     """
     path = TextPath((0, 0), CLASSES[name], size=100, prop=FontProperties(family="DejaVu Sans"))
     polygons = [np.asarray(p) for p in path.to_polygons(closed_only=True)]
@@ -51,8 +50,7 @@ def _contours(name: str) -> list[tuple[np.ndarray, bool]]:
     points = np.concatenate([p for _, p in found])
     low, high = points.min(0), points.max(0)
     middle, side = (low + high) / 2, (high - low).max()
-    outer = found[0][0]  # a font turns inner contours the other way round
-    return [((p - middle) / side * (1, -1), a * outer > 0) for a, p in found]
+    return [((p - middle) / side * (1, -1), a * found[0][0] > 0) for a, p in found]
 
 
 def _raster(name: str, extent: float, angle: float) -> tuple[np.ndarray, np.ndarray]:
@@ -67,18 +65,17 @@ def _raster(name: str, extent: float, angle: float) -> tuple[np.ndarray, np.ndar
     for polygon, adds in _contours(name):
         points = [tuple(p) for p in (polygon @ turn + side * _GRID / 2).tolist()]
         paint_ink.polygon(points, fill=255 * adds)
-        if adds or not hollow:
-            paint_body.polygon(points, fill=255)
+        covers = adds or not hollow
+        paint_body.polygon(points, fill=255 * covers)
+        if covers:
             paint_body.line(points, fill=255, width=stroke, joint="curve")
-        else:
-            paint_body.polygon(points, fill=0)
         if adds and not line_art:
             paint_ink.line(points, fill=255, width=stroke, joint="curve")
     cover, lines = (np.asarray(m.reduce(_GRID), np.float32) / 255 for m in (body, ink))
     return cover, (1 - lines if line_art else lines)
 
 
-@functools.cache
+@cache
 def _scale(name: str) -> float:
     """How much larger a thin or flat symbol is drawn, so that classes cover similar areas."""
     cover, _ = _raster(name, 64.0, 0.0)
@@ -98,7 +95,7 @@ def _texture(rng: np.random.Generator, side: int, size: int, depth: float) -> np
     kind, angle, period = rng.integers(5), rng.uniform(0, np.pi), rng.uniform(0.05, 0.16)
     u = (x * np.cos(angle) + y * np.sin(angle)) / period
     v = (y * np.cos(angle) - x * np.sin(angle)) / period
-    blotches = rng.random((6, 6))
+    blotches = Image.fromarray((rng.random((6, 6)) * 255).astype(np.uint8))
     if kind == 0:
         wave = np.sin(2 * np.pi * u)
     elif kind == 1:
@@ -106,9 +103,8 @@ def _texture(rng: np.random.Generator, side: int, size: int, depth: float) -> np
     elif kind == 2:
         wave = 1 - 2 * ((u % 1 - 0.5) ** 2 + (v % 1 - 0.5) ** 2 < 0.08)
     elif kind == 3:
-        small = Image.fromarray((blotches * 255).astype(np.uint8))
-        small = small.resize((side, side), Image.Resampling.BICUBIC)
-        wave = np.asarray(small, np.float32) / 127.5 - 1
+        large = blotches.resize((side, side), Image.Resampling.BICUBIC)
+        wave = np.asarray(large, np.float32) / 127.5 - 1
     else:
         wave = 2 * (u - u.min()) / max(float(np.ptp(u)), 1e-6) - 1
     return (1 + depth * wave)[..., None].astype(np.float32)
@@ -119,7 +115,7 @@ def _colour(
 ) -> np.ndarray:
     """An RGB colour in 0..1, if it can be at least `distance` from those of `away`."""
     tried = []
-    for _ in range(_TRIES):
+    for _ in range(40):
         hsv = rng.random(), rng.uniform(*saturation), rng.uniform(0.15, 1)
         rgb = np.array(colorsys.hsv_to_rgb(*hsv))
         gaps = [float(np.linalg.norm(rgb - c)) * (1.6 if n else 1) for n, c in enumerate(away)]
@@ -136,7 +132,7 @@ def _layout(
 ) -> list[np.ndarray]:
     """Each patch's upper left corner: of 40 layouts the first that leaves 80% of each visible."""
     tried = []
-    for _ in range(_TRIES):
+    for _ in range(40):
         hidden, shares, corners = np.zeros((size, size), np.float32), [], []
         for patch, extent in zip(patches[::-1], extents[::-1], strict=True):  # the last lies on top
             margin = min(0.44 * extent, size / 2)
@@ -184,19 +180,15 @@ def draw(
 
 
 class GlyphWorld(CoSegData):
-    """Scenes described by the classes they hold and a seed, drawn when asked for; masks are exact.
-
-    found: of each picture its key, its classes (`scenes`), and in which of their groups it is.
-    """
+    """Scenes of the classes that `scenes` tells, drawn when asked for; masks are exact."""
 
     def __init__(self, fold: str, found: Sequence[_Scene], size: int) -> None:
         keys, self.scenes, own = zip(*found, strict=True)
-        groups = {c: [i for i, classes in enumerate(own) if c in classes] for c in CLASSES}
-        groups = {c: items for c, items in groups.items() if items}
+        held = sorted(set().union(*own))
+        groups = {c: [i for i, classes in enumerate(own) if c in classes] for c in held}
         super().__init__(f"glyphworld_{fold}", "glyphworld", keys, groups)
         self.size, self._seed = size, list(_COUNTS).index(fold)
-        remembered = functools.lru_cache(512)
-        self._drawn = remembered(lambda i: draw(self.scenes[i], (self._seed, i), size))
+        self._drawn = lru_cache(512)(lambda i: draw(self.scenes[i], (self._seed, i), size))
 
     def image(self, i: int) -> Image.Image:
         return self._drawn(i)[0].copy()
@@ -216,13 +208,11 @@ class GlyphWorld(CoSegData):
 
 
 def glyphworld(fold: str, n: int | None = None, size: int = 128) -> CoSegData:
-    """One fold of GlyphWorld; always the same pictures.
+    """One fold of GlyphWorld; always the same pictures, each in the groups of all its objects.
 
-    `pretrain`: 4,000 scenes of one to three objects of any class. `train` (3,000) and `holdout`
-    (300): two or three objects of the training classes; a picture is in the groups of all of them.
-    `test`: 25 pictures for each test class, in the group of that class alone, beside one or two
-    other test classes; in every sixth run of five pictures the last lacks the object. `choice`: 264
-    pictures of just two test classes, in the groups of both.
+    `pretrain`: 4,000 scenes of one to three objects of any class. `train` (3,000), `holdout` (300):
+    two or three of the training classes. `choice`: 264 of two test classes. `test`: 25 for each
+    test class, in its group alone, beside one or two others; every 30th lacks the object.
     n: number of pictures (`test`: for each class). size: side in pixels; the same scene at any.
     Raises: LCCoError for an unknown fold, or for n below 1.
     """
