@@ -8,9 +8,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from copy import copy
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 from itertools import count, pairwise
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -21,12 +19,11 @@ import torch
 from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from torch import Tensor
-from tqdm.contrib.concurrent import thread_map
 
 from lcco import __version__
 from lcco.common import LCCoError, digest, few, file_digest, one_line
-from lcco.data import CoSegData
 from lcco.data.pictures import is_system, listing, picture_size, pictures_in, read_picture, to_rgb
+from lcco.data.sets import CoSegData, threaded
 from lcco.experiment.figures import overlay
 from lcco.experiment.predictor import Predictor, load_model
 from lcco.experiment.runs import open_run
@@ -45,8 +42,6 @@ COMMON = 0.14
 KINDS = {"mask": "masks/{}.png", "cutout": "cutouts/{}.png", "overlay": "overlays/{}.jpg"}
 TOOL, PAGE = "lcco cosegment", Path(__file__).with_name("gallery.html.jinja")
 MADE = ("masks", "cutouts", "overlays", "contact_sheet.jpg", "index.html", "result.json")
-# Threads with a bar on a terminal. Each holds a large picture or two: of 12 MP, 200 MB.
-threaded = partial(thread_map, max_workers=min(4, os.cpu_count() or 2), leave=False, disable=None)
 
 
 @dataclass
@@ -70,9 +65,9 @@ class Result:
     @property
     def mask(self) -> np.ndarray | None:
         """bool [H, W] at the picture's own size."""
-        if self.error:
-            return None
-        return resize_map(self.probability, self.size[::-1]) > self.threshold
+        if not self.error:
+            return resize_map(self.probability, self.size[::-1]) > self.threshold
+        return None
 
     @property
     def confidence(self) -> float:
@@ -81,15 +76,12 @@ class Result:
         return float(np.mean(inside)) * self.agreement if len(inside) else 0.0
 
     def cutout(self, background: str | Path | None = None) -> Image.Image | None:
-        """The object alone: RGBA, or before `white`, the blurred picture (`blur`), or a picture.
-
-        Its edge is soft within 0.1 of the threshold.
-        """
+        """The object alone: RGBA, or before `white`, the blurred picture (`blur`), or a picture."""
         if self.error or not (picture := self.read()):
             return None
         grey = Image.fromarray((255 * self.probability).astype(np.uint8))
         grey = grey.resize(picture.size, Image.Resampling.BILINEAR)
-        alpha = grey.point(lambda v: 127 + 5 * (v - 255 * self.threshold))
+        alpha = grey.point(lambda v: 127 + 5 * (v - 255 * self.threshold))  # soft within 0.1 of it
         if background == "blur":
             small = ImageOps.contain(picture, (320, 320)).filter(ImageFilter.GaussianBlur(8))
             ground = small.resize(picture.size)
@@ -120,7 +112,6 @@ class Result:
             return None
 
 
-# ----------------------------------------------------------------------------------- segmentation
 def cosegment(
     images: Sequence[Picture] | Picture, *, weights: Path | str | Predictor | None = None,
     cls: str | None = None, threshold: float = 0.5,
@@ -145,8 +136,8 @@ def cosegment(
         results.append(Result(Path(file or f"picture {n}").name, source, threshold))
     if not results:
         raise LCCoError("no pictures given; a set has 1 or more")
-    predictor = copy(weights if isinstance(weights, Predictor) else load_segmenter(weights))
-    predictor.gt, predictor.keep = True, False
+    predictor = weights if isinstance(weights, Predictor) else load_segmenter(weights)
+    predictor = replace(predictor, gt=True, keep=False)
     model, words = predictor.model, predictor.vocabulary.words
     if cls is not None and not (model.clip_regularization or model.clip_interaction):
         raise LCCoError("these weights are a Baseline's, which takes no class: leave it out")
@@ -167,7 +158,7 @@ def _segment(predictor: Predictor, results: Sequence[Result], cls: str | None) -
     """Fill in results: even parts of at most `AT_ONCE`; words and agreement are over all."""
     f, similarities = predictor.features, []
     side = max(f.size, getattr(f.tower, "size", 0))
-    pictures = [p for p in threaded(lambda r: r.read(side), results, desc="reading") if p]
+    pictures = [p for p in threaded(lambda r: r.read(side), results, "reading") if p]
     if not (good := [r for r in results if not r.error]):
         return
     data = CoSegData("pictures", "decoded", [digest(p.tobytes(), 16) for p in pictures])
@@ -191,8 +182,8 @@ def _segment(predictor: Predictor, results: Sequence[Result], cls: str | None) -
 def _words(predictor: Predictor, S: Tensor) -> list[tuple[str, float]]:
     """A set's five likeliest words, by similarities [n, P]: Eq. 7's mean over parts of the set.
 
-    Deviation: Eq. 7 takes a maximum over the images, which over many is some other word's by
-    chance: of 128 dogs "person" at 0.98, where the mean over parts of 5 is "dog" at 0.67.
+    Deviation: Eq. 7's maximum over many images is some other word's by chance: of 128 dogs
+    "person" at 0.98, where the mean over parts of 5 is "dog" at 0.67.
     """
     head, scale = predictor.model.clip_regularization, predictor.features.tower.logit_scale
     score = (lambda s, _: scale * s.mean(1)) if head is None else head.class_logits
@@ -204,7 +195,6 @@ def _words(predictor: Predictor, S: Tensor) -> list[tuple[str, float]]:
     return [(predictor.vocabulary.words[i], float(v[i])) for i in best]
 
 
-# ---------------------------------------------------------------------------------- which pictures
 def find_sets(
     sources: Iterable[Path | str], recursive: bool = False, manifest: Path | str | None = None
 ) -> list[tuple[Path, list[Path]]]:
@@ -223,8 +213,11 @@ def find_sets(
     sets = list(_manifest(Path(manifest).expanduser())) if manifest else []
     for folder in filter(Path.is_dir, paths):
         place = Path() if len(paths) == 1 else Path(folder.resolve().name)
-        for inner in _folders(folder, recursive):
+        folders = [folder]
+        for inner in folders:  # it grows by the folders inside
             files, others = listing(inner)
+            inside = sorted(inner.iterdir()) if recursive else ()
+            folders += [f for f in inside if f.is_dir() and not (is_system(f.name) or _record(f))]
             sets.append((place / inner.relative_to(folder), files))
             for why, names in others.items():
                 print(f"{inner}: left out, {why}: {few(names)}", file=sys.stderr)
@@ -236,14 +229,6 @@ def find_sets(
     if twice := [place for place, _ in sets if taken[str(place).casefold()] > 1]:
         raise LCCoError(f"{twice[0]}: two sets would be written there; rename one")
     return sets
-
-
-def _folders(folder: Path, recursive: bool) -> Iterator[Path]:
-    """The folder and those inside, without hidden and system ones and those of results."""
-    yield folder
-    for inner in sorted(folder.iterdir()) if recursive else ():
-        if inner.is_dir() and not is_system(inner.name) and not _record(inner):
-            yield from _folders(inner, True)
 
 
 def _manifest(path: Path) -> Iterator[tuple[Path, list[Path]]]:
@@ -259,7 +244,6 @@ def _manifest(path: Path) -> Iterator[tuple[Path, list[Path]]]:
         yield place, files
 
 
-# ---------------------------------------------------------------------------------------- writing
 def cosegment_folder(
     sources: Iterable[Path | str] | Path | str, out: Path | str, *, recursive: bool = False,
     manifest: Path | str | None = None, overwrite: bool = False,
@@ -271,7 +255,8 @@ def cosegment_folder(
     Of each set: masks (0 and 255, the picture's own size), cut-outs, overlays, a contact sheet, a
     gallery and `result.json`, whose contents are returned. Given again after an interruption, what
     is missing is written. background: as of `Result.cutout`; the rest: as of `cosegment`.
-    Raises: LCCoError as `cosegment` does, and for a folder with other results (unless `overwrite`).
+    Raises: LCCoError as `cosegment` does, and, when all other sets are done, for a set whose folder
+    holds other results (unless `overwrite`) or its pictures.
     """
     file = None if isinstance(weights, Predictor) else open_run(weights or "shipped").weights
     about = {"threshold": threshold, "class": cls, "background": background}
@@ -279,11 +264,16 @@ def cosegment_folder(
     if background not in (None, "white", "blur"):
         read_picture(background)
         about["background"] = f"{background} {file_digest(Path(background))}"
-    sources, records = [sources] if isinstance(sources, (str, Path)) else sources, []
+    sources = [sources] if isinstance(sources, (str, Path)) else sources
+    records, refused = [], []
     for place, files in find_sets(sources, recursive, manifest):
         folder = Path(out).expanduser() / place
         with lock(folder / ".lcco.lock", f"{folder}: waiting for another process"):
-            record = _allowed(folder, files, about, overwrite)
+            try:
+                record = _allowed(folder, files, about, overwrite)
+            except LCCoError as error:
+                refused.append(error)
+                continue
             if record["complete"]:
                 print(f"{folder}: is complete; nothing to do", file=sys.stderr)
             else:
@@ -293,12 +283,22 @@ def cosegment_folder(
             records.append(record)
     for image in (i for record in records for i in record["images"] if i["error"]):
         print(f"not read: {one_line(image['name'])}: {image['error']}", file=sys.stderr)
+    for error in refused[:-1]:
+        print(f"refused: {error}", file=sys.stderr)
+    if refused:
+        raise refused[-1]
     return records
 
 
 def _allowed(out: Path, files: Sequence[Path], about: Record, overwrite: bool) -> Record:
     """The folder's record, if of these pictures and settings; else a new one, where allowed."""
-    old, images, ours = _record(out), _images(files), [out / name for name in MADE]
+    old, ours, images, taken = _record(out), [out / name for name in MADE], [], set()
+    for file in files:  # results are named by its stem, numbered where that is taken
+        name = os.fsencode(file.name).decode("utf-8", "replace")
+        numbered = (f"{Path(name).stem}-{n}".removesuffix("-1") for n in count(1))
+        stem = next(s for s in numbered if s.casefold() not in taken)
+        taken.add(stem.casefold())
+        images.append({"name": name} | {kind: form.format(stem) for kind, form in KINDS.items()})
     contents = [f.is_file() and os.access(f, os.R_OK) and file_digest(f, 64) for f in files]
     record = about | {"key": digest([about, [i["name"] for i in images], contents], 16)}
     if old.get("key") == record["key"]:
@@ -308,30 +308,18 @@ def _allowed(out: Path, files: Sequence[Path], about: Record, overwrite: bool) -
     if any(p.exists() for p in ours) and not (old and overwrite):
         what = "holds other results, or files that lcco did not make"
         raise LCCoError(f"{out}: {what}; give another --out, or --overwrite results of lcco")
-    new = {"tool": TOOL, "version": __version__, "complete": False, "images": images}
-    return record | new
-
-
-def _images(files: Sequence[Path]) -> list[Record]:
-    """Of each picture its name as text, and its results' files: by its stem, numbered if taken."""
-    images, taken = [], set()
-    for file in files:
-        name = os.fsencode(file.name).decode("utf-8", "replace")
-        numbered = (f"{Path(name).stem}-{n}".removesuffix("-1") for n in count(1))
-        stem = next(s for s in numbered if s.casefold() not in taken)
-        taken.add(stem.casefold())
-        images.append({"name": name} | {kind: form.format(stem) for kind, form in KINDS.items()})
-    return images
+    return record | {"tool": TOOL, "version": __version__, "complete": False, "images": images}
 
 
 def _write(out: Path, record: Record, results: list[Result], background: Path | str | None) -> None:
     """Write a set's results, and complete its record."""
-    old, draw = _record(out), partial(_draw, out, background)
+    old = _record(out)
     for image in old["images"] if old.get("key", record["key"]) != record["key"] else ():
         for kind in KINDS.keys() & image:
             (out / image[kind]).unlink(missing_ok=True)
     write_json(out / "result.json", record)  # first: the next start knows whose folder it is
-    images = threaded(draw, results, record["images"], desc="writing")
+    pairs = list(zip(results, record["images"], strict=True))
+    images = threaded(lambda pair: _draw(out, background, *pair), pairs, "writing")
     shown = [i | {"source": r.source} for i, r in zip(images, results, strict=True) if not r.error]
     good = [r for r in results if not r.error]
     agreement = float(np.mean([r.agreement for r in good])) if good else 0.0
@@ -343,7 +331,7 @@ def _write(out: Path, record: Record, results: list[Result], background: Path | 
     }  # fmt: skip
     said = ", ".join(f"{word} {score:.2f}" for word, score in words[:3]) or "none could be read"
     title = f"{len(good)} picture{'s' * (len(good) != 1)}: {record['note'] or said}"
-    _save(_contact_sheet(out, shown, title), out / "contact_sheet.jpg", quality=88)
+    _save(_contact_sheet(out, shown[:120], title), out / "contact_sheet.jpg", quality=88)
     page = jinja2.Template(PAGE.read_text(encoding="utf-8"), autoescape=True)
     write_text(out / "index.html", page.render(title=title, images=images))
     write_json(out / "result.json", record)
@@ -372,11 +360,11 @@ def _draw(out: Path, background: Path | str | None, result: Result, image: Recor
 
 
 def _contact_sheet(out: Path, images: Sequence[Record], title: str) -> Image.Image:
-    """The first 120 pictures over their overlays, with names (cut where long) and notes."""
+    """Pictures over their overlays, with names (cut where long) and notes."""
     font, (w, h) = ImageFont.truetype(findfont("DejaVu Sans"), 13), (240, 180)
-    images, columns = images[:120], max(2, min(6, len(images)))
-    rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (12 + columns * (w + 12), 44 + rows * (2 * h + 52)), "white")
+    columns = max(2, min(6, len(images)))
+    height = 44 + -(-len(images) // columns) * (2 * h + 52)
+    sheet = Image.new("RGB", (12 + columns * (w + 12), height), "white")
     draw = ImageDraw.Draw(sheet)
     draw.text((12, 12), title, "black", font)
     for n, image in enumerate(images):

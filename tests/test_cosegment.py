@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 from copy import copy
-from functools import partial
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -589,7 +588,9 @@ def test_a_second_start_makes_only_what_is_missing(weights, photos, tmp_path, mo
         drawn.append(given)
         return draw(*given)
 
-    one = partial(room.threaded, max_workers=1)
+    def one(compute, items, what):
+        return [compute(item) for item in items]
+
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(room, "threaded", one)
         patch.setattr(room, "_draw", interrupted)
@@ -632,6 +633,26 @@ def test_another_set_into_the_same_folder_is_refused(weights, photos, tmp_path):
     refuses(says, [photos, other], tmp_path / "both", weights=weights)
     done = cosegment_folder([photos, other], tmp_path / "both", weights=weights, overwrite=True)
     assert len(done) == 2
+
+
+def test_sets_that_are_refused_do_not_stop_the_others(weights, photos, tmp_path, capsys):
+    out, folders = tmp_path / "out", [photos]
+    for n, name in enumerate("abc"):
+        (tmp_path / name).mkdir()
+        picture(n).save(tmp_path / name / "q.png")
+        folders.append(tmp_path / name)
+    for name in "ab":
+        (out / name).mkdir(parents=True)
+        (out / name / "index.html").write_text("mine")
+    words = ["cosegment", *map(str, [*folders[1:], photos]), "--out", str(out)]
+    for _ in range(2):
+        assert main([*words, "--weights", str(weights)]) == 2
+        said = [line for line in capsys.readouterr().err.splitlines() if "holds other" in line]
+        assert said[0].startswith(f"refused: {out / 'a'}: holds other results") and len(said) == 2
+        assert said[1].startswith(f"lcco: {out / 'b'}: holds other results")
+        want = {f"c/{f}" for f in made("q")} | {f"photos/{f}" for f in made(*NAMES)}
+        assert files(out) == want | {"a/index.html", "b/index.html"}
+    assert (out / "a" / "index.html").read_text() == "mine"
 
 
 def test_an_interrupted_set_leaves_nothing_to_another(weights, photos, tmp_path, monkeypatch):
