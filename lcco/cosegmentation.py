@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
-from torch import Tensor
 
 from lcco import __version__
 from lcco.common import LCCoError, digest, few, file_digest, one_line
@@ -46,11 +45,11 @@ MADE = ("masks", "cutouts", "overlays", "contact_sheet.jpg", "index.html", "resu
 
 @dataclass
 class Result:
-    """What was found in one picture.
+    """What was found in one picture, of `size` (width, height), upright.
 
-    size: (width, height), upright. probability: float32 [S, S] in 0..1, the picture squashed to the
-    network's size; None where `error` says why. words: the set's likeliest, with probabilities.
-    agreement: how far this picture's words are those of the set's others, in 0..1.
+    probability: float32 [S, S] in 0..1, the picture squashed to the network's size; None where
+    `error` says why. words: the set's likeliest, with probabilities. agreement: how far this
+    picture's words are those of the set's others, in 0..1.
     """
 
     name: str
@@ -65,9 +64,9 @@ class Result:
     @property
     def mask(self) -> np.ndarray | None:
         """bool [H, W] at the picture's own size."""
-        if not self.error:
-            return resize_map(self.probability, self.size[::-1]) > self.threshold
-        return None
+        if self.error:
+            return None
+        return resize_map(self.probability, self.size[::-1]) > self.threshold
 
     @property
     def confidence(self) -> float:
@@ -96,16 +95,11 @@ class Result:
         return out
 
     def read(self, side: int | None = None) -> Image.Image | None:
-        """The picture as RGB, and its `size`; None where it cannot be read, which `error` says.
-
-        side: the shorter side may shrink by whole factors down to this many pixels.
-        """
+        """The picture as RGB, its shorter side `side` or more; None, and `error`, if unreadable."""
         try:
-            if isinstance(self.source, (str, Path)):
-                self.size = picture_size(self.source)
-                return read_picture(self.source, side)
-            picture = to_rgb(self.source)
-            self.size = picture.size
+            file = isinstance(self.source, (str, Path))
+            picture = read_picture(self.source, side) if file else to_rgb(self.source)
+            self.size = picture_size(self.source) if file else picture.size
             return picture.reduce(max(1, min(picture.size) // side)) if side else picture
         except (LCCoError, ValueError, OSError) as error:
             self.error = one_line(str(error).removeprefix(f"{self.source}: "))
@@ -121,8 +115,7 @@ def cosegment(
     images: paths, PIL images, arrays ([H, W] or [H, W, 1, 3 or 4]; floats in 0..1), or a folder.
     weights: a model file, a run's name, or what `load_segmenter` gave; default the shipped model.
     cls: what it is; the nearest of the model's words is looked for. threshold: on probabilities.
-    Returns: a `Result` for each picture, in order; an unreadable one has `error` set.
-    Raises: LCCoError for no pictures, or settings out of range.
+    Returns: a `Result` each; an unreadable one has `error` set. Raises: LCCoError for no pictures.
     """
     if not 0 <= threshold < 1:
         raise LCCoError(f"threshold is {threshold}; it must be at least 0 and below 1")
@@ -179,20 +172,17 @@ def _segment(predictor: Predictor, results: Sequence[Result], cls: str | None) -
 
 
 @torch.no_grad()
-def _words(predictor: Predictor, S: Tensor) -> list[tuple[str, float]]:
+def _words(predictor: Predictor, S: torch.Tensor) -> list[tuple[str, float]]:
     """A set's five likeliest words, by similarities [n, P]: Eq. 7's mean over parts of the set.
 
-    Deviation: Eq. 7's maximum over many images is some other word's by chance: of 128 dogs
-    "person" at 0.98, where the mean over parts of 5 is "dog" at 0.67.
+    Deviation: no maximum over all images, as in Eq. 7: over many it is another word's by chance.
     """
     head, scale = predictor.model.clip_regularization, predictor.features.tower.logit_scale
     score = (lambda s, _: scale * s.mean(1)) if head is None else head.class_logits
     n = predictor.experiment.data.group_size if predictor.experiment else 5
     parts = [s[None] for s in S.tensor_split(-(-len(S) // n))]  # [1, ≤ n, P], as it was trained
-    logits = [score(s, s.new_ones(s.shape[:2]).bool()) for s in parts]
-    v = torch.cat(logits).softmax(-1).mean(0)  # [P]
-    best = v.argsort(descending=True)[:5].tolist()
-    return [(predictor.vocabulary.words[i], float(v[i])) for i in best]
+    v = torch.cat([score(s, s.new_ones(s.shape[:2]).bool()) for s in parts]).softmax(-1).mean(0)
+    return [(predictor.vocabulary.words[i], float(v[i])) for i in v.argsort(descending=True)[:5]]
 
 
 def find_sets(
@@ -239,8 +229,7 @@ def _manifest(path: Path) -> Iterator[tuple[Path, list[Path]]]:
             if not files or not place.parts or place.is_absolute() or ".." in place.parts:
                 raise ValueError
         except (ValueError, KeyError, TypeError):
-            what = 'must be {"name": "a folder", "images": ["a file", …]}'
-            raise LCCoError(f"{path}: line {number} {what}") from None
+            raise LCCoError(f'{path}: line {number} must be {{"name": …, "images": […]}}') from None
         yield place, files
 
 
@@ -253,17 +242,15 @@ def cosegment_folder(
     """Co-segment the sets that `find_sets` finds into the folder `out`.
 
     Of each set: masks (0 and 255, the picture's own size), cut-outs, overlays, a contact sheet, a
-    gallery and `result.json`, whose contents are returned. Given again after an interruption, what
-    is missing is written. background: as of `Result.cutout`; the rest: as of `cosegment`.
-    Raises: LCCoError as `cosegment` does, and, when all other sets are done, for a set whose folder
-    holds other results (unless `overwrite`) or its pictures.
+    gallery and `result.json`, whose contents are returned. What an interruption left is completed.
+    background: as of `Result.cutout`; the rest: as of `cosegment`. Raises: LCCoError, once other
+    sets are done, for one whose folder holds its pictures or, without `overwrite`, other results.
     """
     file = None if isinstance(weights, Predictor) else open_run(weights or "shipped").weights
     about = {"threshold": threshold, "class": cls, "background": background}
     about["weights"] = file and file_digest(file, 64)
     if background not in (None, "white", "blur"):
-        read_picture(background)
-        about["background"] = f"{background} {file_digest(Path(background))}"
+        about["background"] = f"{background} {digest(read_picture(background).tobytes())}"
     sources = [sources] if isinstance(sources, (str, Path)) else sources
     records, refused = [], []
     for place, files in find_sets(sources, recursive, manifest):
@@ -320,10 +307,9 @@ def _write(out: Path, record: Record, results: list[Result], background: Path | 
     write_json(out / "result.json", record)  # first: the next start knows whose folder it is
     pairs = list(zip(results, record["images"], strict=True))
     images = threaded(lambda pair: _draw(out, background, *pair), pairs, "writing")
-    shown = [i | {"source": r.source} for i, r in zip(images, results, strict=True) if not r.error]
-    good = [r for r in results if not r.error]
-    agreement = float(np.mean([r.agreement for r in good])) if good else 0.0
-    words = good[0].words if good else []
+    good = [(r, i) for r, i in zip(results, images, strict=True) if not r.error]
+    agreement = float(np.mean([r.agreement for r, _ in good])) if good else 0.0
+    words = good[0][0].words if good else []
     record |= {
         "complete": True, "images": images, "confidence": round(agreement, 3),
         "words": [[word, round(score, 4)] for word, score in words],
@@ -331,7 +317,7 @@ def _write(out: Path, record: Record, results: list[Result], background: Path | 
     }  # fmt: skip
     said = ", ".join(f"{word} {score:.2f}" for word, score in words[:3]) or "none could be read"
     title = f"{len(good)} picture{'s' * (len(good) != 1)}: {record['note'] or said}"
-    _save(_contact_sheet(out, shown[:120], title), out / "contact_sheet.jpg", quality=88)
+    _save(_contact_sheet(out, good[:120], title), out / "contact_sheet.jpg", quality=88)
     page = jinja2.Template(PAGE.read_text(encoding="utf-8"), autoescape=True)
     write_text(out / "index.html", page.render(title=title, images=images))
     write_json(out / "result.json", record)
@@ -359,22 +345,21 @@ def _draw(out: Path, background: Path | str | None, result: Result, image: Recor
     }  # fmt: skip
 
 
-def _contact_sheet(out: Path, images: Sequence[Record], title: str) -> Image.Image:
-    """Pictures over their overlays, with names (cut where long) and notes."""
+def _contact_sheet(out: Path, found: list[tuple[Result, Record]], title: str) -> Image.Image:
+    """Pictures over their overlays, with names (of long ones the end) and notes."""
     font, (w, h) = ImageFont.truetype(findfont("DejaVu Sans"), 13), (240, 180)
-    columns = max(2, min(6, len(images)))
-    height = 44 + -(-len(images) // columns) * (2 * h + 52)
-    sheet = Image.new("RGB", (12 + columns * (w + 12), height), "white")
+    columns = max(2, min(6, len(found)))
+    size = 12 + columns * (w + 12), 44 + -(-len(found) // columns) * (2 * h + 52)
+    sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
     draw.text((12, 12), title, "black", font)
-    for n, image in enumerate(images):
+    for n, (result, image) in enumerate(found):
         x, y = 12 + n % columns * (w + 12), 44 + n // columns * (2 * h + 52)
-        for file in (image["source"], out / image["overlay"]):
+        for file in (result.source, out / image["overlay"]):
             sheet.paste(ImageOps.pad(read_picture(file, h), (w, h), color="white"), (x, y))
             y += h + 4
-        name = one_line(image["name"])
-        name = name if len(name) < 30 else f"{name[:13]}…{name[-13:]}"
-        label = f"{name}\n{image['note'] or format(image['foreground'], '.0%')}"
+        said = image["note"] or f"{image['foreground']:.0%}"
+        label = f"{one_line(image['name'])[-30:]}\n{said}"
         draw.text((x + w / 2, y), label, "black", font, anchor="ma", align="center")
     return sheet
 
@@ -386,6 +371,5 @@ def _save(image: Image.Image, path: Path, **options: Any) -> None:
 
 def _record(out: Path) -> Record:
     """The result.json that lcco wrote into a folder, or {}."""
-    file = out / "result.json"
-    record = read_json(file) if file.is_file() else {}
+    record = read_json(out / "result.json") if (out / "result.json").is_file() else {}
     return record if isinstance(record, dict) and record.get("tool") == TOOL else {}
