@@ -1,7 +1,6 @@
-"""Tidy rows to tables: collected from runs; written as csv, markdown and LaTeX.
+"""Tidy rows (`ROW_FIELDS`; per cent) to tables: collected from runs; as csv, markdown and LaTeX.
 
-Every number is a row (`ROW_FIELDS`), in per cent. The paper's numbers are read from
-`lcco/paper/*.csv` as text, so that they keep the decimals they were printed with.
+The paper's numbers are read from `lcco/paper/*.csv` as text: they keep their printed decimals.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -20,6 +19,7 @@ import pandas as pd
 
 from lcco.common import Missing, few
 from lcco.config import TRAINING_VERSION, Experiment, Profile
+from lcco.experiment import runs as run_store
 from lcco.store import write_json, write_text
 
 PRINTED = ["paper_test_set", "paper_P", "paper_J"]
@@ -69,8 +69,7 @@ def row(table: str, name: str, profile: Profile, e: Experiment | None = None, **
 
 def scores(summary: Mapping[str, Any]) -> dict[str, Any]:
     """An evaluation's summary as cells: its shares times 100, and the number of images."""
-    shares = {k: summary[k] for k in SHARES if k in summary}
-    cells = {k: None if v is None else round(100 * v, 4) for k, v in shares.items()}
+    cells = {k: summary[k] and round(100 * summary[k], 4) for k in SHARES if k in summary}
     return cells | {"images": summary.get("images")}
 
 
@@ -85,13 +84,10 @@ def collect(
     profile's. cells: further columns, made of the experiment. how: for `Run.evaluate`. Data or
     weights that are not here, and pictures that were trained on, become rows that say so.
     """
-    from lcco.experiment.runs import get_run, load_tests
-
-    data, found = load_tests(profile, tests or profile.tests), []
+    data, found = run_store.load_tests(profile, tests or profile.tests), []
     protocols, sizes = protocols or profile.protocols, group_sizes or (profile.group_size,)
 
-    def scored(get: Callable[[], Any], name: str, size: int) -> dict[str, dict]:
-        """Protocol → what was measured, or the status that says why nothing was."""
+    def by_protocol(get: Callable[[], Any], name: str, size: int) -> dict[str, dict]:
         test, about = data[name], {}
         try:
             if isinstance(test, Missing):
@@ -110,11 +106,11 @@ def collect(
     for name, model in models.items():
         own = isinstance(model, Experiment)
         for e in [model.replace(seed=s) for s in seeds or profile.seeds] if own else [None]:
-            get = cache(lambda e=e, model=model: get_run(e) if e else model)
+            get = cache(lambda e=e, model=model: run_store.get_run(e) if e else model)
             more = {key: make(e) for key, make in (cells or {}).items() if e}
             for test, size in product(data, sizes):
                 more |= {"test_set": test, "group_size": size}
-                for p, done in scored(get, test, size).items():
+                for p, done in by_protocol(get, test, size).items():
                     found.append(row(table, name, profile, e, protocol=p, **more, **done))
     return with_paper(pd.DataFrame(found))
 
@@ -137,8 +133,8 @@ def with_paper(rows: pd.DataFrame) -> pd.DataFrame:
 def quoted_rows(profile: Profile) -> pd.DataFrame:
     """The paper's own Table 1 as rows without measured cells, one a method and test set."""
     cells = {"table": "table1_main", "profile": profile.name, "protocol": "as printed"}
-    rows = paper_table("table1_main").replace("", None).assign(**cells, status=QUOTED)
-    rows["test_set"] = rows["paper_test_set"]
+    rows = paper_table("table1_main").replace("", None)
+    rows = rows.assign(**cells, status=QUOTED, test_set=rows["paper_test_set"])
     return rows.reindex(columns=[*ROW_FIELDS, "uses_class_labels"])
 
 
@@ -160,8 +156,8 @@ def paired(rows: pd.DataFrame, reference: str = "Baseline", metric: str = "J") -
 class Table:
     """Rows laid out for people: a part for each `block`, a line for each `index`.
 
-    Columns are the `values` under each of `columns`. Bold is the best of a column whose mean ±
-    standard deviation does not overlap with the next one's. runs: the records behind the rows.
+    Columns are the `values` under each of `columns`. Bold is the best of a column if all its lines
+    have the same seeds, several, and its mean ± standard deviation does not overlap with the next.
     """
 
     name: str
@@ -199,10 +195,7 @@ class Table:
         return out[[head for head in out if not head[0] or out[head].ne("").any()]]
 
     def _measured(self, rows: pd.DataFrame, value: str) -> pd.Series:
-        """Line → mean ± standard deviation, or a dash; in `**` what is best beyond doubt.
-
-        That is: over several seeds, the same in all lines, and with no overlap with the next one.
-        """
+        """Line → mean ± standard deviation, or a dash; the best in `**`, as the class says."""
         known = rows.astype({value: float}).dropna(subset=[value]).groupby("line")
         absent = ~rows.groupby("line")["status"].first().isin([MEASURED, QUOTED])
         text, stat = absent.map({True: "–", False: ""}), known[value].agg(["mean", "std"])
@@ -211,8 +204,7 @@ class Table:
             text[line] = f"{mean:{sign}z,{digits}}" + (f" ± {sd:{digits}}" if sd >= 0 else "")
         rank = stat.dropna().sort_values("mean", ascending=value in self.lower)
         apart = rank["mean"].diff().abs() > rank["std"].rolling(2).sum()  # from the one before
-        seeds = known["seed"].apply(frozenset).nunique()
-        if self.unit and seeds == 1 and apart.iloc[1:2].any():
+        if self.unit and known["seed"].apply(frozenset).nunique() == 1 and apart.iloc[1:2].any():
             text[rank.index[0]] = f"**{text[rank.index[0]]}**"
         return text
 
@@ -247,11 +239,8 @@ class Table:
         held = {test for run in trained.values() for test in run["experiment"]["data"]["holdout"]}
         chose = done["test_set"].isin(held) | (done.get("chose_weights", 0) > 0)
         per = done.groupby([*self.index, "test_set", "protocol"], dropna=False)["seed"].nunique()
-        cautions = {}
-        for how, true in CAUTIONS.items():
-            of = done["run"].isin([name for name, run in trained.items() if true(run)])
-            which = "all" if of.all() else few(done["row"][of].unique(), 9)
-            cautions |= {how: which} if of.any() else {}
+        named = {how: [n for n, r in trained.items() if true(r)] for how, true in CAUTIONS.items()}
+        cautions = {how: done["row"][done["run"].isin(names)] for how, names in named.items()}
         text = TEMPLATES.get_template("notes.jinja").render(
             table=self, done=done if self.unit else done[:0], cautions=cautions,
             absent=self.rows["status"].replace([MEASURED, QUOTED], None).dropna().unique(),
@@ -265,11 +254,8 @@ class Table:
     def write(self, folder: Path, runs: Iterable[Any] | None = None) -> Table:
         """Write `<name>.csv`, `.md`, `.tex` and `.records.json`; give the table to be shown.
 
-        runs: what the rows were measured with (`path`, `record`); None: the run store's. A table
-        with measured rows is not replaced by one without.
+        runs: those behind the rows, if not the store's. Measured rows outlast unmeasured ones.
         """
-        from lcco.experiment.runs import open_run
-
         file, measured = Path(folder) / f"{self.name}.csv", (self.rows["status"] == MEASURED).any()
         if not measured and file.is_file() and f",{MEASURED}," in file.read_text(encoding="utf-8"):
             print(f"{file}: kept; here nothing was measured ({self.rows['status'].iloc[0]})")
@@ -279,13 +265,12 @@ class Table:
             with suppress(Missing):  # a rival without its weights
                 known[run.path.name] = run.record
         names = self.rows["run"].dropna().unique()
-        self.runs = {n: known[n] if n in known else open_run(n).record for n in names}
-        layout = [f.name for f in fields(self) if f.name not in ("name", "rows", "runs")]
-        about = {"layout": {name: getattr(self, name) for name in layout}, "runs": self.runs}
+        self.runs = {n: known[n] if n in known else run_store.open_run(n).record for n in names}
+        layout = {k: v for k, v in vars(self).items() if k not in ("name", "rows", "runs", "parts")}
         write_text(file, self.rows.to_csv(index=False, lineterminator="\n"))
         write_text(file.with_suffix(".md"), self.markdown())
         write_text(file.with_suffix(".tex"), self.latex())
-        write_json(file.with_suffix(".records.json"), about)
+        write_json(file.with_suffix(".records.json"), {"layout": layout, "runs": self.runs})
         return self
 
 
