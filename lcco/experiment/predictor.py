@@ -22,7 +22,7 @@ from lcco.semantics import Vocabulary, make_vocabulary
 from lcco.store import atomic_path
 
 # Settings of older model files that are constants now.
-OLD = {"temperature", "top", "heads", "halve_every", "checkpoint", "given"}
+OLD = {"temperature", "top", "heads", "halve_every", "checkpoint"}
 
 
 def build_model(experiment: Experiment, features: Features, vocabulary: Vocabulary) -> LCCo:
