@@ -50,7 +50,8 @@ class Predictor:
         self, model: LCCo, features: Features, vocabulary: Vocabulary, *, gt: bool = False,
         k: int | None = None, keep: bool = True, experiment: Experiment | None = None,
     ) -> None:  # fmt: skip
-        self.model, self.features, self.vocabulary = model, features, vocabulary
+        self.model = model.eval().to(features.device)
+        self.features, self.vocabulary = features, vocabulary
         self.gt, self.k, self.keep, self.experiment = gt, k, keep, experiment
 
     @torch.no_grad()
@@ -63,8 +64,6 @@ class Predictor:
         images, maps = f.visual(data, items, keep=self.keep)
         if self.gt and cls is not None:
             target = torch.tensor([self.vocabulary.nearest(cls, f.tower)], device=device)
-        training = self.model.training
-        self.model.eval().to(device)
         with deterministic(f):
             out = self.model(
                 None if images is None else images[None].to(device),
@@ -73,7 +72,6 @@ class Predictor:
                 maps=maps and [m[None].to(device).float() for m in maps],
                 target=target, k=self.k, return_maps=return_maps,
             )  # fmt: skip
-        self.model.train(training)
         return out
 
     def __call__(self, data: CoSegData, items: Sequence[int], cls: str | None = None) -> np.ndarray:
@@ -159,7 +157,7 @@ def load_model(
         what = f"{len(missing)} tensors missing, {min(missing)} first"
         raise LCCoError(f"{path}: does not fit its own settings: {what}")
     model.load_state_dict(state, strict=False)
-    return Predictor(model.eval(), features, vocabulary, experiment=experiment)
+    return Predictor(model, features, vocabulary, experiment=experiment)
 
 
 def check_words(

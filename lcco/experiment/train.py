@@ -159,7 +159,8 @@ class Trainer:
     def step(self, batch: Batch) -> dict[str, Tensor]:
         """One step of the optimiser. Returns the loss and its parts."""
         e, a = self.experiment, self.accelerator
-        self.net.train()
+        if not self.model.training:  # after a validation
+            self.net.train()
         with torch.autocast(a.device.type, torch.bfloat16, enabled=e.train.precision == "bf16"):
             out = self.net(
                 batch.images, batch.embeddings, self.text, maps=batch.maps, present=batch.present,
