@@ -436,9 +436,10 @@ def _render(template: str, **given: Any) -> str:
 
 
 def _tex(text: Any) -> str:
-    """Text for LaTeX: its own characters escaped, symbols and losses as mathematics."""
+    """Text for LaTeX: its own characters escaped, symbols, signs and losses as mathematics."""
     symbols = str.maketrans(dict(paper_table("latex").to_numpy()))
-    return re.sub(r"\bL\\_(iou|cs|c)\b", r"$\\mathcal{L}_{\1}$", str(text).translate(symbols))
+    text = re.sub(r"(?<![\w-])-(?=\d)", "$-$", str(text).translate(symbols))
+    return re.sub(r"\bL\\_(iou|cs|c)\b", r"$\\mathcal{L}_{\\mathrm{\1}}$", text)
 
 
 # ------------------------------------------------------------------------------- pages of results
