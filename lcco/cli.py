@@ -1,21 +1,17 @@
-"""The command `lcco`: data check, train, evaluate, cosegment, bench. Heavy imports are inside."""
+"""The command `lcco`: data check, train, evaluate, cosegment. Heavy imports are inside."""
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer import Argument, Option
 
 import lcco
-from lcco.common import LCCoError, Missing, duration, one_line
-
-if TYPE_CHECKING:
-    from lcco.config import Experiment
+from lcco.common import LCCoError, duration, one_line
 
 plain: dict[str, Any] = {"no_args_is_help": True, "rich_markup_mode": None}
 app = typer.Typer(
@@ -25,7 +21,6 @@ app = typer.Typer(
 data_app = typer.Typer(help="Check a data folder.", **plain)
 app.add_typer(data_app, name="data")
 
-ProfileName = Annotated[str, Option("--profile", metavar="P", help="A profile's name or file.")]
 Text = str | None
 
 
@@ -40,11 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if end.code != 130:
             return end.code
         code, said = 130, "interrupted; give the same command again and it goes on"
-    except LCCoError as error:
-        said = str(error)
-    except OSError as error:
-        said = error.strerror or str(error) or type(error).__name__
-        said = f"{error.filename}: {said}" if error.filename else said
+    except (LCCoError, OSError) as error:
+        said = str(error) or type(error).__name__
     print(f"lcco: {one_line(said)}", file=sys.stderr)
     return code
 
@@ -73,62 +65,27 @@ def data_check(
     raise typer.Exit(not ok)
 
 
-def _changed(experiment: Experiment, pairs: Sequence[str]) -> Experiment:
-    """An experiment with `key=value` texts put over it; where no text is due, values are YAML."""
-    import yaml
-
-    own, changes = experiment.flat(), dict[str, Any]()
-    for pair in pairs:
-        key, equals, text = pair.partition("=")
-        if not equals:
-            raise LCCoError(f"--set {pair}: must be key=value")
-        with contextlib.suppress(yaml.YAMLError):
-            value = yaml.safe_load(text)
-            text_due = isinstance(own.get(key), str | list) and key != "model.strides"
-            if isinstance(value, list | None) or not text_due:  # else 007, 2024_05 stay text
-                text = value
-        changes[key] = text
-    return experiment.replace(changes)
-
-
 @app.command()
 def train(
-    profile: ProfileName = "embedded",
+    profile: Annotated[str, Option(metavar="P", help="A profile's name or file.")] = "embedded",
     settings: Annotated[list[str] | None, Option(
         "--set", metavar="KEY=VALUE", help="For example model.k=3; may be repeated.")] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Say size and time; train nothing.")] = False,
-    score: Annotated[bool, Option("--score", help="Then score it on the profile's tests.")] = False,
 ) -> None:  # fmt: skip
     """Train the experiment of a profile; an interrupted training goes on."""
-    from lcco.config import load_profile
-    from lcco.experiment.runs import estimate, get_run, load_tests
+    from lcco.config import from_text, load_profile
+    from lcco.experiment.runs import estimate, get_run
 
-    chosen = load_profile(profile)
-    experiment = _changed(chosen.experiment, settings or ())
-    if both := sorted({*experiment.data.train} & {*experiment.data.holdout}):
-        what = "the weights are chosen on pictures they train on"
-        print(f"`data.holdout` names {', '.join(both)}, as `data.train`: {what}", file=sys.stderr)
+    pairs = [(text, *text.partition("=")) for text in settings or ()]
+    if wrong := [text for text, _, equals, _ in pairs if not equals]:
+        raise LCCoError(f"--set {wrong[0]}: must be key=value")
+    changes = {key: from_text(value) for _, key, _, value in pairs}
+    experiment = load_profile(profile).experiment.replace(changes)
     if dry_run:
-        for key, value in estimate(experiment).items():
-            print(f"{key}: {value}")
-        return
-    run = get_run(experiment)
-    print(f"{run.path} ({duration(run.record.get('seconds', 0))})")
-    for name, data in load_tests(chosen, chosen.tests).items() if score else ():
-        if isinstance(data, Missing):
-            print(f"{name}: {data.status}")
-        else:
-            _print(run.evaluate(data, chosen.protocols, chosen.group_size))
-
-
-def _print(found: dict[str, Any]) -> None:
-    import pandas as pd
-
-    from lcco.experiment.tables import scores
-
-    rows = [{"data": e.data, "protocol": name, "set size": e.group_size} | scores(e.summary)
-            for name, e in found.items()]  # fmt: skip
-    print(pd.DataFrame(rows).dropna(axis=1).to_markdown(index=False, floatfmt=".1f"))
+        print("\n".join(f"{key}: {value}" for key, value in estimate(experiment).items()))
+    else:
+        run = get_run(experiment)
+        print(f"{run.path} ({duration(run.record['seconds'])})")
 
 
 @app.command()
@@ -142,19 +99,20 @@ def evaluate(
         "--allow-overlap", help="Score pictures it was trained on.")] = False,
 ) -> None:  # fmt: skip
     """Score a trained model on a data set under named protocols."""
-    from lcco.data import load_data
-    from lcco.experiment.evaluate import CHOICE
-    from lcco.experiment.runs import open_run
-    from lcco.metrics import PROTOCOLS
+    import pandas as pd
 
-    protocols, known = [p.strip() for p in protocol.split(",")], [*PROTOCOLS, *CHOICE]
-    if unknown := [p for p in protocols if p not in known]:
-        raise LCCoError(f"no protocol `{unknown[0]}`; there are: {', '.join(known)}")
-    found, test = open_run(run), load_data(data)
-    if not (seen := found.overlap(test)) or allow_overlap:  # else the refusal says it
-        what = f"{seen} of {len(test)} pictures are in the training data"
-        print(f"{test.name}: {what}", file=sys.stderr)
-    _print(found.evaluate(test, protocols, group_size, allow_overlap=allow_overlap))
+    from lcco.data import load_data
+    from lcco.experiment.runs import open_run
+    from lcco.experiment.tables import scores
+
+    protocols = [p.strip() for p in protocol.split(",")]
+    model, test = open_run(run), load_data(data)
+    found = model.evaluate(test, protocols, group_size, allow_overlap=allow_overlap)
+    what = f"{model.overlap(test)} of {len(test)} pictures are in the training data"
+    print(f"{test.name}: {what}", file=sys.stderr)
+    rows = [{"data": e.data, "protocol": name, "set size": e.group_size} | scores(e.summary)
+            for name, e in found.items()]  # fmt: skip
+    print(pd.DataFrame(rows).dropna(axis=1).to_markdown(index=False, floatfmt=".1f"))
 
 
 @app.command()
@@ -167,7 +125,6 @@ def cosegment(
         metavar="FILE", help='A set a line: {"name": …, "images": […]}.')] = None,
     background: Annotated[Text, Option(
         metavar="white|blur|FILE", help="Behind the cut-outs; else transparent.")] = None,
-    words: Annotated[Text, Option(metavar="FILE|NAME", help="Words that it may be.")] = None,
     cls: Annotated[Text, Option("--class", metavar="NAME", help="A hint what it is.")] = None,
     weights: Annotated[Text, Option(metavar="FILE|RUN", help="Not the shipped model.")] = None,
     threshold: Annotated[float, Option(metavar="T", help="On the probabilities.")] = 0.5,
@@ -178,17 +135,5 @@ def cosegment(
 
     from lcco.cosegmentation import cosegment_folder
 
-    report = cosegment_folder(settings.pop("sources") or (), **settings)
-    raise typer.Exit(bool(report.failed or report.refused))
-
-
-@app.command()
-def bench(
-    profile: ProfileName = "embedded",
-    repeats: Annotated[int, Option(min=1, metavar="N", help="Times that each is measured.")] = 5,
-) -> None:
-    """Time LCCo, its Baseline and its parts on this machine."""
-    from lcco.config import load_profile
-    from lcco.experiment.bench import bench as measure
-
-    print(measure(load_profile(profile), repeats).to_markdown(index=False))
+    records = cosegment_folder(settings.pop("sources") or (), **settings)
+    raise typer.Exit(any(image["error"] for record in records for image in record["images"]))

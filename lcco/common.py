@@ -6,8 +6,7 @@ import hashlib
 import json
 import os
 import sys
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -21,11 +20,7 @@ class LCCoError(Exception):
 
 
 class Missing(LCCoError):
-    """Data or weights that are not on this machine.
-
-    kind: what is missing. name: a data set or a weights file. how: where it was looked for and
-    how to get it. `status` is what a table says of a row that could not be run.
-    """
+    """Data or weights that are not on this machine: `name` of them, and `how` to get them."""
 
     def __init__(self, kind: Literal["data", "weights"], name: str, how: str) -> None:
         super().__init__(f"{kind} `{name}` not found: {how}")
@@ -33,20 +28,19 @@ class Missing(LCCoError):
 
     @property
     def status(self) -> str:
-        """`not run: data not found (msrc7)`."""
+        """What a table says of the row: `not run: data not found (msrc7)`."""
         return f"not run: {self.kind} not found ({self.name})"
 
 
-def project_root(start: Path | None = None) -> Path:
-    """The repository: the nearest folder above `start`, or above this package, with `notebooks/`.
+def project_root() -> Path:
+    """The repository: the nearest folder above the working directory or this package.
 
     An installed package without a checkout falls back to the working directory.
     """
-    for base in (Path(start or Path.cwd()), Path(__file__).parent):
-        for folder in (base.resolve(), *base.resolve().parents):
-            if (folder / "pyproject.toml").is_file() and (folder / "notebooks").is_dir():
-                return folder
-    return Path.cwd()
+    bases = Path.cwd(), Path(__file__).resolve().parent
+    folders = (folder for base in bases for folder in (base, *base.parents))
+    marks = ("pyproject.toml", "notebooks")
+    return next((f for f in folders if all((f / m).exists() for m in marks)), Path.cwd())
 
 
 def place(kind: Literal["runs", "cache", "data"]) -> Path:
@@ -83,35 +77,23 @@ def few(names: Sequence[object], n: int = 5) -> str:
 
 def duration(seconds: float) -> str:
     """`75` → `1 min 15 s`."""
-    seconds = max(0, round(seconds))
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60} min {seconds % 60:02d} s"
-    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+    minutes, s = divmod(max(0, round(seconds)), 60)
+    h, m = divmod(minutes, 60)
+    return f"{h} h {m:02d} min" if h else f"{m} min {s:02d} s" if m else f"{s} s"
 
 
 def progress(
     items: Iterable[T], what: str, total: int | None = None, every: float = 10.0
-) -> Iterator[T]:
-    """Yield `items` while telling how far it is.
+) -> Iterable[T]:
+    """The items, while telling how far it is: a bar in a terminal, else a line in `every` seconds.
 
-    A terminal gets a tqdm bar. Elsewhere (a notebook, a log) a plain line is printed every `every`
-    seconds, because widget bars are lost in saved notebooks; in a notebook to stdout, because
-    stderr is shown there in red.
+    Widget bars are lost in saved notebooks, which show stderr in red: lines go to stdout there.
     """
-    total = total if total is not None else (len(items) if hasattr(items, "__len__") else None)
-    if sys.stderr.isatty():
-        from tqdm import tqdm
+    from tqdm import tqdm
 
-        yield from tqdm(items, desc=what, total=total, leave=False, dynamic_ncols=True)
-        return
+    if sys.stderr.isatty():
+        return tqdm(items, what, total, leave=False, dynamic_ncols=True)
     out = sys.stdout if "ipykernel" in sys.modules else sys.stderr
-    start = last = time.monotonic()
-    for n, item in enumerate(items, 1):
-        yield item
-        now = time.monotonic()
-        if now - last >= every:
-            last = now
-            left = f", {duration((now - start) / n * (total - n))} left" if total else ""
-            print(f"{what}: {n}{f'/{total}' if total else ''}{left}", file=out, flush=True)
+    line = "{desc}: {n_fmt}/{total_fmt}, {remaining} left\n"
+    how = {"file": out, "bar_format": line, "mininterval": every, "miniters": 1, "delay": every}
+    return tqdm(items, what, total, leave=False, **how)

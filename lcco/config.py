@@ -5,22 +5,17 @@ Every open point of the paper is a setting here, with the default that README's 
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    TypeAdapter,
-    ValidationError,
-    model_validator,
-)
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import model_validator as checked
 
-from lcco.common import LCCoError, digest, project_root
+from lcco.common import LCCoError, digest, one_line, project_root
 
 # Raised by hand when the same settings would train to other weights, so that runs made by older
 # code are never taken for new ones. 2: Eq. 12 by log-softmax, void left out of L_cs.
@@ -30,13 +25,8 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Name = Annotated[str, Field(min_length=1, pattern=r"\S")]
-
-
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
-Names = Annotated[tuple[Name, ...], BeforeValidator(_as_list)]
+Names = Annotated[tuple[Name, ...], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
+Seeds = Annotated[tuple[int, ...], Field(min_length=1)]
 
 
 class Settings(BaseModel):
@@ -58,7 +48,6 @@ class DataConfig(Settings):
     class_sampling: Literal["uniform", "sqrt", "proportional"] = "uniform"  # ∝ 1, √count, count
     paired: Share = 0.0  # share of groups drawn from images that hold a second class
     absent: Share = 0.0  # chance that one image of a group lacks the object
-    given: Share = 0.0  # Deviation: share of groups whose true class is given (GT semantics)
     flip: bool = False
     crop: Annotated[float, Field(gt=0, le=1)] = 1.0  # smallest side of a random crop, as a share
 
@@ -91,7 +80,7 @@ class ModelConfig(Settings):
     mlp3_skip: bool = False  # MLP3 adds its input to its output
     k: Positive = 5  # distilled prompts
 
-    @model_validator(mode="after")
+    @checked(mode="after")
     def _fit(self) -> ModelConfig:
         if not set(self.strides) <= {8, 16, 32} or list(self.strides) != sorted(self.strides)[::-1]:
             raise ValueError("strides must be of 32, 16 and 8, and not rise")
@@ -99,7 +88,11 @@ class ModelConfig(Settings):
 
 
 class LossConfig(Settings):
-    """Eq. 9's weights and the open points of Eq. 12."""
+    """Eq. 9's weights and the open points of Eq. 12.
+
+    λ2 and `lc_reduction` scale the gradient of MLP3 alone, which nothing but L_c reaches, and AdamW
+    divides a gradient by its own size: they change little. `train.mlp3_lr` changes MLP3's steps.
+    """
 
     lambda_cs: NotNegative = 1.0
     lambda_c: NotNegative = 1.0
@@ -115,6 +108,7 @@ class TrainConfig(Settings):
     steps: Positive = 100_000
     lr: NotNegative = 1e-4
     backbone_lr: NotNegative = 1e-5
+    mlp3_lr: NotNegative = 1.0  # Deviation: factor on MLP3's learning rate, see `LossConfig`
     weight_decay: NotNegative = 1e-6
     warmup: Annotated[int, Field(ge=0)] = 0
     schedule: Literal["halving", "cosine"] = "halving"  # halved every 20,000 steps
@@ -136,7 +130,7 @@ class Experiment(Settings):
     loss: LossConfig = LossConfig()
     train: TrainConfig = TrainConfig()
 
-    @model_validator(mode="after")
+    @checked(mode="after")
     def _fit(self) -> Experiment:
         if self.data.crop < 1 and self.model.frozen_stages:
             raise ValueError("data.crop needs a live backbone: set model.frozen_stages to 0")
@@ -156,22 +150,24 @@ class Experiment(Settings):
 
     def flat(self) -> dict[str, Any]:
         """Every setting by its dotted name, as JSON has it."""
-        return flat(self.model_dump(mode="json"))
+        tree = self.model_dump(mode="json")
+        parts = {part: tree.pop(part) for part in [*tree] if isinstance(tree[part], dict)}
+        return tree | {f"{part}.{k}": v for part, own in parts.items() for k, v in own.items()}
 
     def replace(self, changes: Mapping[str, Any] | None = None, **top: Any) -> Experiment:
-        """A copy with dotted settings changed: `replace({"model.k": 3}, seed=1)`.
+        """A copy with settings changed: `replace({"model.k": 3, "loss": {"bce": 0.5}}, seed=1)`.
 
         Raises: LCCoError naming an unknown setting or a value that does not fit.
         """
         tree = self.model_dump()
+        parts = {key: value for key, value in tree.items() if isinstance(value, dict)}
         for key, value in {**(changes or {}), **top}.items():
-            node, (*parents, leaf) = tree, key.split(".")
-            for parent in parents:
-                node = node.get(parent) if isinstance(node, dict) else None
-            if not isinstance(node, dict) or leaf not in node:
-                raise LCCoError(f"unknown setting `{key}`{nearest(key, self.flat())}")
-            node[leaf] = value
-        return validated(Experiment, tree)
+            part, _, name = key.rpartition(".")
+            if key in parts and isinstance(value, Mapping):
+                parts[key].update(value)
+            else:
+                parts.get(part, tree)[name] = value  # an unknown one is refused by what follows
+        return typed(tree, Experiment)
 
 
 class Profile(Settings):
@@ -181,22 +177,15 @@ class Profile(Settings):
     about: str = ""
     experiment: Experiment = Experiment()
     tests: Names = ()
-    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
+    seeds: Seeds = (0,)
     protocols: Annotated[Names, Field(min_length=1)] = ("ufo", "native")
     group_size: Positive = 5
-    ablation_seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
+    ablation_seeds: Seeds = (0,)
     ablation_tests: Names = ()  # the sets in the place of iCoseg
+    k_values: tuple[Positive, ...] = (1, 3, 5, 7, 9)  # Table 4's numbers of distilled prompts
+    set_sizes: tuple[Positive, ...] = (1, 2, 3, 5, 8, 12, 16)  # in the test of more images
     choice_tests: Names = ()  # sets with pictures of two classes, for the group-choice test
     counts: dict[str, Positive] = {}  # how many pictures of a drawn test set
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"model": {"k": 5}}` → `{"model.k": 5}`."""
-    out: dict[str, Any] = {}
-    for key, value in tree.items():
-        nested = isinstance(value, Mapping) and key != "counts"
-        out |= flat(value, f"{prefix}{key}.") if nested else {prefix + key: value}
-    return out
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -207,55 +196,33 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean `{close[0]}`?" if close else f"; known: {', '.join(known)}"
 
 
-def validated(kind: Any, value: Any, where: str = "") -> Any:
-    """`value` as `kind`. Raises: LCCoError naming the setting, what it is and must be."""
-    try:
-        return TypeAdapter(kind).validate_python(value)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in (*filter(None, [where]), *first["loc"]))
-        if first["type"] == "extra_forbidden":
-            known = Experiment().flat() if issubclass(kind, Experiment) else Profile.model_fields
-            raise LCCoError(f"unknown setting `{key}`{nearest(key, known)}") from None
-        said = first["msg"].removeprefix("Value error, ")
-        got = "" if isinstance(first["input"], Mapping | BaseModel) else f" is {first['input']!r}:"
-        raise LCCoError(f"`{key}`{got} {said}" if key else said) from None
-
-
-def typed(value: Any, kind: Any, key: str) -> Any:
-    """A notebook parameter as its declared type; papermill's -p hands over text for most.
-
-    Raises: LCCoError where the value is not of this type, such as a number for a text.
-    """
-    import yaml
-
-    if kind is str and not isinstance(value, str):
-        raise LCCoError(f"`{key}` is {value!r}, not text; give it as `papermill -r {key} TEXT`")
-    if isinstance(value, str) and kind is not str:
-        try:
-            return validated(kind, value, key)
-        except LCCoError:
-            value = yaml.safe_load(value)
-    return validated(kind, value, key)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping. Raises: LCCoError naming the file, and the line where it does not parse."""
-    import yaml
-
-    try:
-        value = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except UnicodeDecodeError:
-        raise LCCoError(f"{path}: not a text file") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}" if mark else ""
-        raise LCCoError(f"{path}: not valid YAML{where}") from None
-    if not isinstance(value, dict):
-        raise LCCoError(f"{path}: must hold a mapping of settings")
+def from_text(value: Any) -> Any:
+    """A command line's text: lists, mappings and `null` are YAML; `typed` converts the rest."""
+    if isinstance(value, str) and (value == "null" or value.startswith(("[", "{"))):
+        with contextlib.suppress(yaml.YAMLError):
+            return yaml.safe_load(value)
     return value
 
 
+def typed(value: Any, kind: Any, key: str = "") -> Any:
+    """`value` as `kind`; texts are converted, as papermill's -p hands them over for most.
+
+    Raises: LCCoError naming the setting, what it is and must be.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(value if kind is str else from_text(value))
+    except ValidationError as error:
+        first = error.errors()[0]
+    key = ".".join(map(str, (*filter(None, [key]), *first["loc"])))
+    if first["type"] == "extra_forbidden":
+        known = Profile.model_fields if kind is Profile else Experiment().flat()
+        raise LCCoError(f"unknown setting `{key}`{nearest(key, known)}")
+    said, given = first["msg"].removeprefix("Value error, "), first["input"]
+    got = "" if isinstance(given, Mapping | BaseModel) else f" is {given!r}:"
+    raise LCCoError(f"`{key}`{got} {said}" if key else said)
+
+
+# ---------------------------------------------------------------------------------- profiles
 def _profiles() -> Path:
     return project_root() / "notebooks" / "profiles"
 
@@ -265,39 +232,28 @@ def profile_names() -> list[str]:
     return sorted(p.stem for p in _profiles().glob("*.yaml"))
 
 
-def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    out = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, Mapping) and isinstance(out.get(key), Mapping)
-        out[key] = _merged(out[key], value) if both else value
-    return out
+def load_profile(profile: str | Path, *seen: Path) -> Profile:
+    """The profile of that name (`notebooks/profiles/<name>.yaml`) or YAML file.
 
-
-def _profile_tree(profile: str | Path, seen: tuple[Path, ...] = ()) -> tuple[Path, dict[str, Any]]:
-    is_file = str(profile).endswith((".yaml", ".yml"))
-    path = Path(profile).expanduser() if is_file else _profiles() / f"{profile}.yaml"
+    `base: other` in the file takes over what it does not set itself. seen: files whose base it is.
+    Raises: LCCoError naming the file and the setting, or the profiles there are.
+    """
+    path = _profiles() / f"{profile}.yaml"
+    if str(profile).endswith((".yaml", ".yml")):
+        path = (seen[-1].parent if seen else Path.cwd()) / Path(profile).expanduser()
     if not path.is_file():
         known = ", ".join(profile_names()) or f"none in {_profiles()}"
         raise LCCoError(f"no profile `{profile}`; there are: {known}")
     if path.resolve() in seen:
-        raise LCCoError(f"{path}: `base` leads back to the file itself")
-    values = read_yaml(path)
-    base = values.pop("base", None)
-    if base is not None:
-        beside = path.parent / str(base)
-        below = _profile_tree(beside if beside.is_file() else str(base), (*seen, path.resolve()))[1]
-        values = _merged({k: v for k, v in below.items() if k != "name"}, values)
-    return path, values
-
-
-def load_profile(profile: str | Path) -> Profile:
-    """The profile of that name (`notebooks/profiles/<name>.yaml`) or YAML file.
-
-    `base: other` in the file takes over what it does not set itself.
-    Raises: LCCoError naming the file and the setting, or the profiles there are.
-    """
-    path, values = _profile_tree(profile)
+        raise LCCoError(f"`base` leads back to {path.name}")
     try:
-        return validated(Profile, {"name": path.stem, **values})
+        own = typed(yaml.safe_load(path.read_text(encoding="utf-8")), dict, "settings")
+        base = own.pop("base", None)
+        base = load_profile(base, *seen, path.resolve()) if base else Profile(name="")
+        experiment = base.experiment.replace(typed(own.pop("experiment", {}), dict))
+        tree = base.model_dump() | {"name": path.stem, "experiment": experiment}
+        return typed(tree | own, Profile)
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise LCCoError(f"{path}: not valid YAML: {one_line(error)}") from None
     except LCCoError as error:
         raise LCCoError(f"{path}: {error}") from None

@@ -1,8 +1,4 @@
-"""Co-segment a person's own pictures: masks, cut-outs, overlays, a contact sheet and a gallery.
-
-A folder is a set, and so are files that are listed together. A large set goes through the network
-in even parts, but its words are those of all of it. Nothing of the pictures goes into the cache.
-"""
+"""Co-segment a person's own pictures: masks, cut-outs, overlays, a contact sheet and a gallery."""
 
 from __future__ import annotations
 
@@ -10,42 +6,47 @@ import glob
 import json
 import os
 import sys
-import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import count
+from functools import partial
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import jinja2
 import numpy as np
 import torch
-from PIL import Image
+from matplotlib.font_manager import findfont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from torch import Tensor
-from torch.nn.functional import normalize
+from tqdm.contrib.concurrent import thread_map
 
-from lcco import gallery
-from lcco.common import LCCoError, digest, few, file_digest, one_line, progress
-from lcco.data import pictures as decoder
-from lcco.data.sets import CoSegData
+from lcco import __version__
+from lcco.common import LCCoError, digest, few, file_digest, one_line
+from lcco.data import CoSegData
+from lcco.data.pictures import is_system, listing, picture_size, pictures_in, read_picture, to_rgb
+from lcco.experiment.figures import overlay
 from lcco.experiment.predictor import Predictor, load_model
-from lcco.experiment.runs import environment, open_run
+from lcco.experiment.runs import open_run
 from lcco.metrics import resize_map
-from lcco.semantics import target_word, vocabulary
+from lcco.semantics import target_word
 from lcco.store import atomic_path, lock, read_json, write_json, write_text
 
 Picture: TypeAlias = "str | Path | Image.Image | np.ndarray"
+Record: TypeAlias = dict[str, Any]  # a result.json, or what it says of a picture
 
-AT_ONCE = 64  # pictures in one part: ISFC compares every two of them
+AT_ONCE = 64  # pictures in one part of a large set: ISFC compares every two of them
 EMPTY = 0.001  # a mask below this share of the picture is no object
 # A set whose pictures agree less is said to share nothing. With the shipped weights on voc_val, in
 # sets of 3, 5, 10: 20, 21, 17% of sets without a common class pass, 8, 2, 0% of real ones do not.
 COMMON = 0.14
 KINDS = {"mask": "masks/{}.png", "cutout": "cutouts/{}.png", "overlay": "overlays/{}.jpg"}
+TOOL, PAGE = "lcco cosegment", Path(__file__).with_name("gallery.html.jinja")
 MADE = ("masks", "cutouts", "overlays", "contact_sheet.jpg", "index.html", "result.json")
+# Threads with a bar on a terminal. Each holds a large picture or two: of 12 MP, 200 MB.
+threaded = partial(thread_map, max_workers=min(4, os.cpu_count() or 2), leave=False, disable=None)
 
 
 @dataclass
@@ -79,88 +80,82 @@ class Result:
         inside = () if self.error else self.probability[self.probability > self.threshold]
         return float(np.mean(inside)) * self.agreement if len(inside) else 0.0
 
-    def grey(self, size: tuple[int, int]) -> Image.Image:
-        """The probabilities as 0..255 at a size (width, height)."""
-        grey = Image.fromarray((255 * self.probability).astype(np.uint8))
-        return grey.resize(size, Image.Resampling.BILINEAR)
-
     def cutout(self, background: str | Path | None = None) -> Image.Image | None:
-        """The object alone: RGBA, or before `white`, the blurred picture (`blur`), or a picture."""
-        if self.error:
+        """The object alone: RGBA, or before `white`, the blurred picture (`blur`), or a picture.
+
+        Its edge is soft within 0.1 of the threshold.
+        """
+        if self.error or not (picture := self.read()):
             return None
-        picture = _decode(self.source)[0]
-        return gallery.cut_out(picture, self.grey(self.size), self.threshold, background)
+        grey = Image.fromarray((255 * self.probability).astype(np.uint8))
+        grey = grey.resize(picture.size, Image.Resampling.BILINEAR)
+        alpha = grey.point(lambda v: 127 + 5 * (v - 255 * self.threshold))
+        if background == "blur":
+            small = ImageOps.contain(picture, (320, 320)).filter(ImageFilter.GaussianBlur(8))
+            ground = small.resize(picture.size)
+        elif background in (None, "white"):
+            ground = Image.new("RGB", picture.size, background or "black")
+        else:
+            ground = ImageOps.fit(read_picture(background), picture.size)
+        if background is not None:
+            return Image.composite(picture, ground, alpha)
+        out = Image.composite(picture, ground, alpha.point(lambda v: 255 * (v > 0)))
+        out.putalpha(alpha)  # what it hides is black: programs without alpha show it
+        return out
+
+    def read(self, side: int | None = None) -> Image.Image | None:
+        """The picture as RGB, and its `size`; None where it cannot be read, which `error` says.
+
+        side: the shorter side may shrink by whole factors down to this many pixels.
+        """
+        try:
+            if isinstance(self.source, (str, Path)):
+                self.size = picture_size(self.source)
+                return read_picture(self.source, side)
+            picture = to_rgb(self.source)
+            self.size = picture.size
+            return picture.reduce(max(1, min(picture.size) // side)) if side else picture
+        except (LCCoError, ValueError, OSError) as error:
+            self.error = one_line(str(error).removeprefix(f"{self.source}: "))
+            return None
 
 
-@dataclass
-class Report:
-    """What was made: each set's result.json, and of several sets why some were left out."""
-
-    out: Path
-    records: list[dict[str, Any]] = field(default_factory=list)
-    refused: list[str] = field(default_factory=list)
-
-    @property
-    def failed(self) -> list[str]:
-        """The pictures that could not be read."""
-        return [i["name"] for record in self.records for i in record["images"] if i["error"]]
-
-
+# ----------------------------------------------------------------------------------- segmentation
 def cosegment(
     images: Sequence[Picture] | Picture, *, weights: Path | str | Predictor | None = None,
-    words: Sequence[str] | Path | str | None = None, cls: str | None = None, threshold: float = 0.5,
+    cls: str | None = None, threshold: float = 0.5,
 ) -> list[Result]:  # fmt: skip
     """Find what pictures have in common, and where it is in each of them.
 
     images: paths, PIL images, arrays ([H, W] or [H, W, 1, 3 or 4]; floats in 0..1), or a folder.
     weights: a model file, a run's name, or what `load_segmenter` gave; default the shipped model.
-    words: what it may be, in the model's words (a list, a vocabulary's name, a text file).
     cls: what it is; the nearest of the model's words is looked for. threshold: on probabilities.
     Returns: a `Result` for each picture, in order; an unreadable one has `error` set.
-    Raises: LCCoError for no pictures, unknown words, or settings out of range.
+    Raises: LCCoError for no pictures, or settings out of range.
     """
+    if not 0 <= threshold < 1:
+        raise LCCoError(f"threshold is {threshold}; it must be at least 0 and below 1")
     if isinstance(images, (str, Path)) and Path(images).expanduser().is_dir():
-        images = decoder.pictures_in(images)
+        images = pictures_in(images)
     if isinstance(images, (str, Path, Image.Image)) or getattr(images, "ndim", 4) < 4:
         images = [images]
-    if not (sources := list(images)):
+    results = []
+    for n, source in enumerate(images, 1):
+        file = source if isinstance(source, (str, Path)) else getattr(source, "filename", "")
+        results.append(Result(Path(file or f"picture {n}").name, source, threshold))
+    if not results:
         raise LCCoError("no pictures given; a set has 1 or more")
-    files = [s if isinstance(s, (str, Path)) else getattr(s, "filename", "") for s in sources]
-    names = [Path(f or f"picture {n}").name for n, f in enumerate(files, 1)]
-    return Segmenter(weights, words, cls, threshold)(sources, names)
-
-
-def cosegment_folder(
-    sources: Iterable[Path | str] | Path | str, out: Path | str, *, recursive: bool = False,
-    manifest: Path | str | None = None, overwrite: bool = False,
-    background: Path | str | None = None, weights: Path | str | Predictor | None = None,
-    words: Sequence[str] | Path | str | None = None, cls: str | None = None, threshold: float = 0.5,
-) -> Report:  # fmt: skip
-    """Co-segment the sets that `find_sets` finds into the folder `out`.
-
-    Of each set: `masks/<name>.png` (0 and 255, the picture's own size), `cutouts`, `overlays`,
-    `contact_sheet.jpg`, `result.json` and a gallery, `index.html`. Given again after an
-    interruption, what is missing is written. background: as of `Result.cutout`; the rest: as of
-    `cosegment`.
-    Raises: LCCoError for a folder with another set's results (unless `overwrite`) or with files
-    that lcco did not make, and as `cosegment` does; of several sets only that one is left out.
-    """
-    out = Path(out).expanduser()
-    listed = [sources] if isinstance(sources, (str, Path)) else sources
-    sets, report = find_sets(listed, out, recursive, manifest), Report(out)
-    writer = _Writer(Segmenter(weights, words, cls, threshold), background, overwrite)
-    for part in sets:
-        try:
-            with lock(part.out / ".lcco.lock", f"{part.out}: waiting for another process"):
-                report.records.append(writer.write(part))
-        except LCCoError as error:
-            if len(sets) == 1:
-                raise
-            report.refused.append(str(error))
-            _say(f"left out: {error}")
-    if failed := report.failed:
-        _say(f"{len(failed)} pictures could not be read: {few(failed, 10)}")
-    return report
+    predictor = copy(weights if isinstance(weights, Predictor) else load_segmenter(weights))
+    predictor.gt, predictor.keep = True, False
+    model, words = predictor.model, predictor.vocabulary.words
+    if cls is not None and not (model.clip_regularization or model.clip_interaction):
+        raise LCCoError("these weights are a Baseline's, which takes no class: leave it out")
+    if cls is not None and target_word(cls, words) is None:
+        near = words[predictor.vocabulary.nearest(cls, predictor.features.tower)]
+        what = f"`{cls}` is none of these weights' {len(words)} words; the nearest is `{near}`"
+        print(what, file=sys.stderr)
+    _segment(predictor, results, cls)
+    return results
 
 
 def load_segmenter(weights: Path | str | None = None) -> Predictor:
@@ -168,349 +163,232 @@ def load_segmenter(weights: Path | str | None = None) -> Predictor:
     return load_model(open_run(weights or "shipped").weights)
 
 
+def _segment(predictor: Predictor, results: Sequence[Result], cls: str | None) -> None:
+    """Fill in results: even parts of at most `AT_ONCE`; words and agreement are over all."""
+    f, similarities = predictor.features, []
+    side = max(f.size, getattr(f.tower, "size", 0))
+    pictures = [p for p in threaded(lambda r: r.read(side), results, desc="reading") if p]
+    if not (good := [r for r in results if not r.error]):
+        return
+    data = CoSegData("pictures", "decoded", [digest(p.tobytes(), 16) for p in pictures])
+    data.image, data.content = pictures.__getitem__, data.keys.__getitem__  # there are no files
+    edges = np.linspace(0, len(good), -(-len(good) // AT_ONCE) + 1).round().astype(int)
+    for a, b in pairwise(edges.tolist()):
+        items = [0, 0] if len(good) == 1 else range(a, b)  # a lone one stands beside itself
+        out = predictor.output(data, items, cls)
+        similarities.append(out.similarity[0, : b - a])
+        for result, logits in zip(good[a:b], out.logits[0], strict=False):
+            result.probability = logits.float().sigmoid().cpu().numpy()
+    S = torch.cat(similarities)  # [n, P]
+    words, p = _words(predictor, S), (S * f.tower.logit_scale).softmax(-1)
+    others = (p.sum(0) - p) / (len(p) - 1) if len(p) > 1 else p
+    agreements = (p * others).sum(-1).clamp(min=0).sqrt().tolist()  # √(p_i · p̄ of the others)
+    for result, agreement in zip(good, agreements, strict=True):
+        result.words, result.agreement = words, agreement
+
+
+@torch.no_grad()
+def _words(predictor: Predictor, S: Tensor) -> list[tuple[str, float]]:
+    """A set's five likeliest words, by similarities [n, P]: Eq. 7's mean over parts of the set.
+
+    Deviation: Eq. 7 takes a maximum over the images, which over many is some other word's by
+    chance: of 128 dogs "person" at 0.98, where the mean over parts of 5 is "dog" at 0.67.
+    """
+    head, scale = predictor.model.clip_regularization, predictor.features.tower.logit_scale
+    score = (lambda s, _: scale * s.mean(1)) if head is None else head.class_logits
+    n = predictor.experiment.data.group_size if predictor.experiment else 5
+    parts = [s[None] for s in S.tensor_split(-(-len(S) // n))]  # [1, ≤ n, P], as it was trained
+    logits = [score(s, s.new_ones(s.shape[:2]).bool()) for s in parts]
+    v = torch.cat(logits).softmax(-1).mean(0)  # [P]
+    best = v.argsort(descending=True)[:5].tolist()
+    return [(predictor.vocabulary.words[i], float(v[i])) for i in best]
+
+
 # ---------------------------------------------------------------------------------- which pictures
-@dataclass
-class PictureSet:
-    """The files of a set, by reason the names of what was left out, and the results' folder."""
-
-    files: list[Path]
-    left_out: dict[str, list[str]]
-    out: Path
-
-    @property
-    def names(self) -> list[str]:
-        """The files' names as text: disks take bytes that are none."""
-        return [os.fsencode(f.name).decode("utf-8", "replace") for f in self.files]
-
-    def stems(self) -> list[str]:
-        """A name of its own for each file's results: its stem, numbered where there are more."""
-        out: dict[str, str] = {}
-        for stem in (Path(name).stem for name in self.names):
-            numbered = (f"{stem}-{n}" if n > 1 else stem for n in count(1))
-            name = next(name for name in numbered if _fold(name) not in out)
-            out[_fold(name)] = name
-        return list(out.values())
-
-    def key(self, recipe: Any) -> str:
-        """What the results come of: a recipe, and the pictures' names and contents."""
-        contents = list(_threaded(_content, self.files, "hashing files"))
-        return digest([recipe, self.names, contents], 16)
-
-    def begin(self, key: str, overwrite: bool) -> dict[str, Any]:
-        """The folder's record, if it is of the same key; else a new one, in a folder made free."""
-        out, old = self.out, _record(self.out)
-        ours = [out / name for name in MADE]
-        if {f.parent.resolve() for f in self.files} & {p.resolve() for p in (out, *ours)}:
-            raise LCCoError(f"{out}: holds the pictures themselves; give another --out")
-        if old.get("key") == key:
-            return old
-        if old and not overwrite:
-            what = "holds the results of other pictures, weights or settings"
-            raise LCCoError(f"{out}: {what}; give another --out, or --overwrite to replace them")
-        if not old and (alien := [p for p in ours if p.exists()]):
-            raise LCCoError(f"{alien[0]}: lcco did not make this; give another --out")
-        for entry in old.get("images", ()):
-            for kind in KINDS.keys() & entry.keys():
-                (out / entry[kind]).unlink(missing_ok=True)
-        record = {"tool": "lcco cosegment", "key": key, "complete": False, "images": []}
-        write_json(out / "result.json", record)  # first: the next start knows whose folder it is
-        return record
-
-
 def find_sets(
-    sources: Iterable[Path | str], out: Path = Path(), recursive: bool = False,
-    manifest: Path | str | None = None,
-) -> list[PictureSet]:  # fmt: skip
-    """The sets that are named, each with its place in `out`.
+    sources: Iterable[Path | str], recursive: bool = False, manifest: Path | str | None = None
+) -> list[tuple[Path, list[Path]]]:
+    """The sets that are named: the place of each below the results' folder, and its pictures.
 
     A folder is a set, and so are all listed files and globs together. recursive: so is each folder
     inside. manifest: a file with a set a line, `{"name": …, "images": […]}`, paths from its folder.
     Raises: LCCoError where there are no pictures, or two sets would have one place.
     """
-    paths = list(dict.fromkeys(p for s in sources for p in _expanded(Path(s).expanduser())))
-    folders, files = ([p for p in paths if p.is_dir() == is_dir] for is_dir in (True, False))
-    sets = list(_manifest(Path(manifest).expanduser(), out)) if manifest else []
-    for folder in folders:
-        home = out if len(paths) == 1 else out / folder.resolve().name
-        for f in (folder, *(_inner(folder, out) if recursive else ())):
-            sets.append(PictureSet(*decoder.listing(f), home / f.relative_to(folder)))
-    if files:
-        good = [p for p in files if p.suffix.lower() in decoder.ENDINGS and p.is_file()]
-        others = [str(p) for p in files if p not in good]
-        sets.append(PictureSet(good, {"no picture files": others} if others else {}, out))
-    sets = [s for s in sets if s.files]
-    if not paths and not manifest:
-        raise LCCoError("no pictures given; name a folder, files, or --manifest FILE")
-    if not sets:
-        within = next((f for p in folders for f in _inner(p, out) if decoder.pictures_in(f)), None)
-        hint = f"; there are some in {within}: give it, or --recursive" if within else ""
-        raise LCCoError(f"{few(paths or [manifest], 2)}: no pictures in it{hint}")
-    places = Counter(_fold(str(s.out)) for s in sets)
-    for s in sets:
-        inside = s.out.name in MADE and _fold(str(s.out.parent)) in places
-        if inside or places[_fold(str(s.out))] > 1:
-            raise LCCoError(f"{s.out}: two sets would be written there; rename one")
+    paths: dict[Path, None] = {}  # each once, in order
+    for path in (Path(source).expanduser() for source in sources):
+        found = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(str(path)))]
+        if not found or not all(p.is_file() or p.is_dir() for p in found):
+            raise LCCoError(f"{path}: no such file or folder; give pictures, or a folder with some")
+        paths |= dict.fromkeys(p for p in found if p == path or not is_system(p.name))
+    sets = list(_manifest(Path(manifest).expanduser())) if manifest else []
+    for folder in filter(Path.is_dir, paths):
+        place = Path() if len(paths) == 1 else Path(folder.resolve().name)
+        for inner in _folders(folder, recursive):
+            files, others = listing(inner)
+            sets.append((place / inner.relative_to(folder), files))
+            for why, names in others.items():
+                print(f"{inner}: left out, {why}: {few(names)}", file=sys.stderr)
+    sets.append((Path(), [p for p in paths if p.is_file()]))
+    if not (sets := [(place, files) for place, files in sets if files]):
+        what = f"{few(list(paths), 2)}: no pictures in it" if paths else "no pictures given"
+        raise LCCoError(f"{what}; give files, a folder with some, --recursive, or --manifest FILE")
+    taken = Counter(str(p).casefold() for s, _ in sets for p in (s, *(s / m for m in MADE)))
+    if twice := [place for place, _ in sets if taken[str(place).casefold()] > 1]:
+        raise LCCoError(f"{twice[0]}: two sets would be written there; rename one")
     return sets
 
 
-def _expanded(path: Path) -> list[Path]:
-    if os.path.lexists(path):
-        return [path]
-    if found := sorted(map(Path, glob.glob(str(path)))):
-        return [p for p in found if not decoder.is_system(p.name)]
-    raise LCCoError(f"{path}: no such file or folder; give pictures, or a folder with some")
+def _folders(folder: Path, recursive: bool) -> Iterator[Path]:
+    """The folder and those inside, without hidden and system ones and those of results."""
+    yield folder
+    for inner in sorted(folder.iterdir()) if recursive else ():
+        if inner.is_dir() and not is_system(inner.name) and not _record(inner):
+            yield from _folders(inner, True)
 
 
-def _inner(folder: Path, out: Path) -> Iterator[Path]:
-    """The folders inside, without hidden and system ones and those of results."""
-    for inner in sorted(folder.iterdir()):
-        results = inner.resolve() == out.resolve() or _record(inner)
-        if inner.is_dir() and not results and not decoder.is_system(inner.name):
-            yield inner
-            yield from _inner(inner, out)
-
-
-def _manifest(path: Path, out: Path) -> Iterator[PictureSet]:
+def _manifest(path: Path) -> Iterator[tuple[Path, list[Path]]]:
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
         try:
             entry = json.loads(line)
-            name, files = Path(entry["name"]), [path.parent / image for image in entry["images"]]
-            if not files or not name.parts or name.is_absolute() or ".." in name.parts:
+            place, files = Path(entry["name"]), [path.parent / image for image in entry["images"]]
+            if not files or not place.parts or place.is_absolute() or ".." in place.parts:
                 raise ValueError
         except (ValueError, KeyError, TypeError):
             what = 'must be {"name": "a folder", "images": ["a file", …]}'
             raise LCCoError(f"{path}: line {number} {what}") from None
-        yield PictureSet(files, {}, out / name)
-
-
-# ----------------------------------------------------------------------------------- segmentation
-class _Loose(CoSegData):
-    """Decoded pictures of some results, as a set without files, masks or classes."""
-
-    def __init__(self, results: Sequence[Result], pictures: Sequence[Image.Image]) -> None:
-        super().__init__("pictures", "loose", map(str, range(len(pictures))), {})
-        self.results, self.pictures = results, pictures
-        self.contents = [digest(p.tobytes(), 16) for p in pictures]
-
-    def image(self, i: int) -> Image.Image:
-        return self.pictures[i]
-
-    def content(self, i: int) -> str:
-        return self.contents[i]
-
-
-@dataclass
-class Segmenter:
-    """A model, loaded when first used, and what it looks for: all as of `cosegment`."""
-
-    weights: Path | str | Predictor | None = None
-    words: Sequence[str] | Path | str | None = None
-    cls: str | None = None
-    threshold: float = 0.5
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.threshold < 1:
-            raise LCCoError(f"threshold is {self.threshold}; it must be at least 0 and below 1")
-        if self.words is not None and self.cls is not None:
-            raise LCCoError("give a class or words that it may be, not both")
-        if isinstance(self.words, (str, Path)):
-            self.words = vocabulary(self.words)
-        given = self.words if self.cls is None else [self.cls]
-        if given is not None and not (given and all(word.strip() for word in given)):
-            raise LCCoError("an empty class or no words; give a name such as `dog`")
-        if not isinstance(self.weights, Predictor):
-            self.weights = open_run(self.weights or "shipped").weights
-
-    @cached_property
-    def predictor(self) -> Predictor:
-        """The model, told the word to look for, keeping nothing of the pictures."""
-        known = isinstance(self.weights, Predictor)
-        out = copy(self.weights) if known else load_model(self.weights)
-        model, out.gt, out.keep = out.model, True, False
-        if (self.words or self.cls) and not (model.clip_regularization or model.clip_interaction):
-            raise LCCoError("these weights are a Baseline's, which takes no words: leave them out")
-        return out
-
-    @cached_property
-    def among(self) -> list[int]:
-        """The places in the vocabulary of the words that it may be.
-
-        A class is the nearest of them. Raises: LCCoError for words that are not among them.
-        """
-        p, out = self.predictor, []
-        for word in [self.cls] if self.cls else self.words or p.vocabulary.words:
-            out.append(p.vocabulary.nearest(word, p.features.tower))
-            if target_word(word, p.vocabulary.words) is None:
-                near = f"the nearest is `{p.vocabulary.words[out[-1]]}`"
-                what = f"`{word}` is none of these weights' {len(p.vocabulary.words)} words; {near}"
-                if not self.cls:
-                    raise LCCoError(what)
-                _say(what)
-        return out
-
-    def __call__(self, sources: Sequence[Picture], names: Sequence[str]) -> list[Result]:
-        """Even parts of at most `AT_ONCE` are segmented; words and agreement are over all."""
-        results = [Result(n, s, self.threshold) for n, s in zip(names, sources, strict=True)]
-        edges = np.linspace(0, len(results), -(-len(results) // AT_ONCE) + 1).round().astype(int)
-        parts = [self._read(results[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
-        if not (parts := [data for data in parts if len(data)]):
-            return results
-        texts = self.predictor.vocabulary.embeddings.cpu()
-        found = torch.cat([self._embeddings(data) for data in parts])
-        S = normalize(found.to(texts), dim=-1) @ texts.T  # [n, P]
-        words, agreements = self._words(S), iter(self._agreements(S))
-        word = words[0][0] if self.words or self.cls else None
-        for data in parts:
-            items = list(range(len(data))) * (2 if len(data) == 1 else 1)  # a lone one: its twin
-            logits = self.predictor.output(data, items, word).logits[0]
-            for result, own in zip(data.results, logits, strict=False):
-                result.words, result.agreement = words[:5], next(agreements)
-                result.probability = own.float().sigmoid().cpu().numpy()
-        return results
-
-    def _embeddings(self, data: _Loose) -> Tensor:
-        return self.predictor.features.embeddings(data, range(len(data)), keep=False)
-
-    def _read(self, part: list[Result]) -> _Loose:
-        """Decode and embed a part; then the network's squares are held, not the larger pictures."""
-        features = self.predictor.features
-        side = max(features.size, getattr(features.tower, "size", 0))
-        pictures = list(_threaded(lambda r: _read(r, side), part, "reading pictures"))
-        data = _Loose([r for r in part if not r.error], [p for p in pictures if p])
-        if len(data):
-            self._embeddings(data)
-        squares = [decoder.load_square(p, features.size) for p in data.pictures]
-        data.pictures = [Image.fromarray(square) for square in squares]
-        return data
-
-    def _words(self, S: Tensor) -> list[tuple[str, float]]:
-        """Words with their probabilities: the mean of Eq. 7 over parts of the training's size.
-
-        Deviation: Eq. 7 takes a maximum over the images, which over many is some other word's by
-        chance: of 128 dogs "person" at 0.98, where the mean over parts of 5 is "dog" at 0.67.
-        """
-        p, head = self.predictor, self.predictor.model.clip_regularization
-        if head is None:
-            v = (S.mean(0) * p.features.tower.logit_scale).softmax(-1)
-        else:
-            n = p.experiment.data.group_size if p.experiment else 5
-            sets = [s[None].to(next(head.parameters())) for s in S.tensor_split(-(-len(S) // n))]
-            with torch.no_grad():
-                logits = [head.class_logits(s, s.new_ones(s.shape[:2]).bool()) for s in sets]
-            v = torch.cat(logits).softmax(-1).mean(0)
-        total = float(v[self.among].sum())
-        scores = [(p.vocabulary.words[i], float(v[i]) / total) for i in self.among]
-        return sorted(scores, key=lambda w: -w[1])
-
-    def _agreements(self, S: Tensor) -> list[float]:
-        """√(p_i · p̄), p_i a picture's word probabilities and p̄ those of the others on average."""
-        p = (S * self.predictor.features.tower.logit_scale).softmax(-1)
-        others = (p.sum(0) - p) / (len(p) - 1) if len(p) > 1 else p
-        return (p * others).sum(-1).clamp(min=0).sqrt().tolist()
-
-
-def _decode(source: Picture, side: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
-    """A picture, whose shorter side may shrink by whole factors to `side`, and its own size."""
-    if isinstance(source, (str, Path)):
-        return decoder.read_picture(source, side), decoder.picture_size(source)
-    picture = decoder.to_rgb(source)
-    return picture.reduce(max(1, min(picture.size) // (side or 10**9))), picture.size
-
-
-def _read(result: Result, side: int) -> Image.Image | None:
-    """The picture of a result, which notes its size, or why it could not be read."""
-    try:
-        picture, result.size = _decode(result.source, side)
-        return picture
-    except (LCCoError, ValueError, OSError) as error:
-        result.error = one_line(str(error).removeprefix(f"{result.source}: "))
-        return None
+        yield place, files
 
 
 # ---------------------------------------------------------------------------------------- writing
-@dataclass
-class _Writer:
-    """Writes the results of sets that one segmenter finds."""
+def cosegment_folder(
+    sources: Iterable[Path | str] | Path | str, out: Path | str, *, recursive: bool = False,
+    manifest: Path | str | None = None, overwrite: bool = False,
+    background: Path | str | None = None, weights: Path | str | Predictor | None = None,
+    cls: str | None = None, threshold: float = 0.5,
+) -> list[Record]:  # fmt: skip
+    """Co-segment the sets that `find_sets` finds into the folder `out`.
 
-    segmenter: Segmenter
-    background: Path | str | None
-    overwrite: bool
+    Of each set: masks (0 and 255, the picture's own size), cut-outs, overlays, a contact sheet, a
+    gallery and `result.json`, whose contents are returned. Given again after an interruption, what
+    is missing is written. background: as of `Result.cutout`; the rest: as of `cosegment`.
+    Raises: LCCoError as `cosegment` does, and for a folder with other results (unless `overwrite`).
+    """
+    file = None if isinstance(weights, Predictor) else open_run(weights or "shipped").weights
+    about = {"threshold": threshold, "class": cls, "background": background}
+    about["weights"] = file and file_digest(file, 64)
+    if background not in (None, "white", "blur"):
+        read_picture(background)
+        about["background"] = f"{background} {file_digest(Path(background))}"
+    sources, records = [sources] if isinstance(sources, (str, Path)) else sources, []
+    for place, files in find_sets(sources, recursive, manifest):
+        folder = Path(out).expanduser() / place
+        with lock(folder / ".lcco.lock", f"{folder}: waiting for another process"):
+            record = _allowed(folder, files, about, overwrite)
+            if record["complete"]:
+                print(f"{folder}: is complete; nothing to do", file=sys.stderr)
+            else:
+                weights = weights if isinstance(weights, Predictor) else load_model(file)
+                results = cosegment(files, weights=weights, cls=cls, threshold=threshold)
+                _write(folder, record, results, background)
+            records.append(record)
+    for image in (i for record in records for i in record["images"] if i["error"]):
+        print(f"not read: {one_line(image['name'])}: {image['error']}", file=sys.stderr)
+    return records
 
-    @cached_property
-    def about(self) -> dict[str, Any]:
-        """What result.json says of weights and settings: other ones make other results."""
-        s, ground = self.segmenter, self.background
-        sha = None if isinstance(s.weights, Predictor) else file_digest(s.weights, 64)
-        if ground not in (None, "white", "blur"):
-            decoder.read_picture(ground)
-            ground = f"{ground} {file_digest(Path(ground))}"
-        settings = {"threshold": s.threshold, "class": s.cls, "words": s.words}
-        return {"settings": settings | {"background": ground}, "weights": sha}
 
-    def write(self, part: PictureSet) -> dict[str, Any]:
-        """Write a set's results. Returns what is in its result.json."""
-        for why, names in part.left_out.items():
-            _say(f"left out, {why}: {few(names)}")
-        record = part.begin(part.key(self.about), self.overwrite)
-        if record["complete"]:
-            _say(f"{part.out}: made before from the same pictures and settings; nothing to do")
-            return record
-        results = self.segmenter(part.files, part.names)
-        jobs = list(zip(results, part.stems(), strict=True))
-        images = list(_threaded(lambda job: self._entry(part.out, *job), jobs, "writing"))
-        good = [r for r in results if not r.error]
-        agreement = float(np.mean([r.agreement for r in good])) if good else 0.0
-        here, words = environment(), good[0].words if good else ()
-        record |= self.about | {
-            "complete": True, "images": images, "confidence": round(agreement, 3),
-            "words": [[word, round(score, 4)] for word, score in words],
-            "note": "these share no clear object" if agreement < COMMON and len(good) > 1 else "",
-            "versions": {"python": here["python"], **here["versions"]},
-        }  # fmt: skip
-        said = ", ".join(f"{word} {score:.2f}" for word, score in words[:3])
-        many = "1 picture" if len(good) == 1 else f"{len(good)} pictures"
-        title = f"{many}: {record['note'] or said or 'none could be read'}"
-        if good:
-            self._show(part, record, title)
-        write_json(part.out / "result.json", record)
-        print(f"{title}; look at {part.out / 'index.html'}" if good else title)
-        return record
+def _allowed(out: Path, files: Sequence[Path], about: Record, overwrite: bool) -> Record:
+    """The folder's record, if of these pictures and settings; else a new one, where allowed."""
+    old, images, ours = _record(out), _images(files), [out / name for name in MADE]
+    contents = [f.is_file() and os.access(f, os.R_OK) and file_digest(f, 64) for f in files]
+    record = about | {"key": digest([about, [i["name"] for i in images], contents], 16)}
+    if old.get("key") == record["key"]:
+        return old
+    if {f.parent.resolve() for f in files} & {p.resolve() for p in (out, *ours)}:
+        raise LCCoError(f"{out}: holds the pictures themselves; give another --out")
+    if any(p.exists() for p in ours) and not (old and overwrite):
+        what = "holds other results, or files that lcco did not make"
+        raise LCCoError(f"{out}: {what}; give another --out, or --overwrite results of lcco")
+    new = {"tool": TOOL, "version": __version__, "complete": False, "images": images}
+    return record | new
 
-    def _entry(self, out: Path, result: Result, stem: str) -> dict[str, Any]:
-        """Mask, cut-out and overlay of a picture, where missing; its entry in result.json."""
-        width, height = result.size or (None, None)
-        entry = {"name": result.name, "width": width, "height": height, "error": result.error}
-        if result.error:
-            _say(f"skipped {one_line(result.name)}: {result.error}")
-            return entry | {"foreground": None, "confidence": None, "note": ""}
-        files = {kind: form.format(stem) for kind, form in KINDS.items()}
-        if not all((out / f).is_file() for f in files.values()):
-            self._draw(result, *(out / f for f in files.values()))
-        share = float((result.probability > result.threshold).mean())
-        return entry | files | {
-            "foreground": round(share, 4), "confidence": round(result.confidence, 3),
-            "note": "no object found" if share < EMPTY else "",
-        }  # fmt: skip
 
-    def _draw(self, result: Result, mask: Path, cutout: Path, overlay: Path) -> None:
-        picture, grey = _decode(result.source)[0], result.grey(result.size)
-        cut = gallery.cut_out(picture, grey, result.threshold, self.background)
+def _images(files: Sequence[Path]) -> list[Record]:
+    """Of each picture its name as text, and its results' files: by its stem, numbered if taken."""
+    images, taken = [], set()
+    for file in files:
+        name = os.fsencode(file.name).decode("utf-8", "replace")
+        numbered = (f"{Path(name).stem}-{n}".removesuffix("-1") for n in count(1))
+        stem = next(s for s in numbered if s.casefold() not in taken)
+        taken.add(stem.casefold())
+        images.append({"name": name} | {kind: form.format(stem) for kind, form in KINDS.items()})
+    return images
+
+
+def _write(out: Path, record: Record, results: list[Result], background: Path | str | None) -> None:
+    """Write a set's results, and complete its record."""
+    old, draw = _record(out), partial(_draw, out, background)
+    for image in old["images"] if old.get("key", record["key"]) != record["key"] else ():
+        for kind in KINDS.keys() & image:
+            (out / image[kind]).unlink(missing_ok=True)
+    write_json(out / "result.json", record)  # first: the next start knows whose folder it is
+    images = threaded(draw, results, record["images"], desc="writing")
+    shown = [i | {"source": r.source} for i, r in zip(images, results, strict=True) if not r.error]
+    good = [r for r in results if not r.error]
+    agreement = float(np.mean([r.agreement for r in good])) if good else 0.0
+    words = good[0].words if good else []
+    record |= {
+        "complete": True, "images": images, "confidence": round(agreement, 3),
+        "words": [[word, round(score, 4)] for word, score in words],
+        "note": "these share no clear object" if agreement < COMMON and len(good) > 1 else "",
+    }  # fmt: skip
+    said = ", ".join(f"{word} {score:.2f}" for word, score in words[:3]) or "none could be read"
+    title = f"{len(good)} picture{'s' * (len(good) != 1)}: {record['note'] or said}"
+    _save(_contact_sheet(out, shown, title), out / "contact_sheet.jpg", quality=88)
+    page = jinja2.Template(PAGE.read_text(encoding="utf-8"), autoescape=True)
+    write_text(out / "index.html", page.render(title=title, images=images))
+    write_json(out / "result.json", record)
+    print(f"{title}; look at {out / 'index.html'}")
+
+
+def _draw(out: Path, background: Path | str | None, result: Result, image: Record) -> Record:
+    """Mask, cut-out and overlay of a picture, where missing; its entry in result.json."""
+    mask, cutout, over = (out / image[kind] for kind in KINDS)
+    here = mask.is_file() and cutout.is_file() and over.is_file()
+    cut, picture = (None, None) if here else (result.cutout(background), result.read(800))
+    if result.error:
+        return {"name": image["name"], "error": result.error}
+    if picture:
         _save(cut, cutout, compress_level=1)
         _save(Image.fromarray(255 * result.mask.astype(np.uint8)), mask, compress_level=3)
-        picture.thumbnail((1600, 1600), Image.Resampling.BILINEAR, reducing_gap=2)
-        shape = gallery.shape(result.grey(picture.size), result.threshold)
-        _save(gallery.overlay(picture, shape), overlay, quality=88)
+        picture.thumbnail((1600, 1600))
+        shown = overlay(np.asarray(picture) / 255, result.probability - result.threshold + 0.5)
+        _save(Image.fromarray((255 * shown).astype(np.uint8)), over, quality=88)
+    share = float((result.probability > result.threshold).mean())
+    return image | {
+        "error": None, "width": result.size[0], "height": result.size[1],
+        "foreground": round(share, 4), "confidence": round(result.confidence, 3),
+        "note": "no object found" if share < EMPTY else "",
+    }  # fmt: skip
 
-    def _show(self, part: PictureSet, record: dict[str, Any], title: str) -> None:
-        """The contact sheet and the gallery."""
-        both = zip(part.files, record["images"], strict=True)
-        shown = [(f, i) for f, i in both if not i["error"]][: gallery.ON_SHEET]
-        files = [f for source, i in shown for f in (source, part.out / i["overlay"])]
-        thumbs = _threaded(lambda f: decoder.read_picture(f, 320), files, "contact sheet")
-        labels = [(i["name"], i["note"] or format(i["foreground"], ".0%")) for _, i in shown]
-        sheet = gallery.contact_sheet(list(zip(thumbs, thumbs, strict=True)), labels, title)
-        _save(sheet, part.out / "contact_sheet.jpg", quality=88)
-        write_text(part.out / "index.html", gallery.page(record, title, tuple(KINDS)))
+
+def _contact_sheet(out: Path, images: Sequence[Record], title: str) -> Image.Image:
+    """The first 120 pictures over their overlays, with names (cut where long) and notes."""
+    font, (w, h) = ImageFont.truetype(findfont("DejaVu Sans"), 13), (240, 180)
+    images, columns = images[:120], max(2, min(6, len(images)))
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (12 + columns * (w + 12), 44 + rows * (2 * h + 52)), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((12, 12), title, "black", font)
+    for n, image in enumerate(images):
+        x, y = 12 + n % columns * (w + 12), 44 + n // columns * (2 * h + 52)
+        for file in (image["source"], out / image["overlay"]):
+            sheet.paste(ImageOps.pad(read_picture(file, h), (w, h), color="white"), (x, y))
+            y += h + 4
+        name = one_line(image["name"])
+        name = name if len(name) < 30 else f"{name[:13]}…{name[-13:]}"
+        label = f"{name}\n{image['note'] or format(image['foreground'], '.0%')}"
+        draw.text((x + w / 2, y), label, "black", font, anchor="ma", align="center")
+    return sheet
 
 
 def _save(image: Image.Image, path: Path, **options: Any) -> None:
@@ -518,32 +396,8 @@ def _save(image: Image.Image, path: Path, **options: Any) -> None:
         image.save(part, **options)
 
 
-def _record(out: Path) -> dict[str, Any]:
+def _record(out: Path) -> Record:
     """The result.json that lcco wrote into a folder, or {}."""
-    try:
-        record = read_json(out / "result.json")
-    except (OSError, LCCoError):
-        return {}
-    return record if isinstance(record, dict) and record.get("tool") == "lcco cosegment" else {}
-
-
-def _content(file: Path) -> str:
-    try:
-        return file_digest(file, 64)
-    except OSError as error:
-        return str(error.strerror)
-
-
-def _fold(name: str) -> str:
-    """What names must differ in: disks may take A for a, and é in one code or two."""
-    return unicodedata.normalize("NFC", name).casefold()
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def _threaded(work: Callable[[Any], Any], items: Sequence[Any], what: str) -> Iterator[Any]:
-    """`work` of each item, in order; an interruption drops what has not begun."""
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 2)) as pool:
-        yield from progress(pool.map(work, items), what, len(items))
+    file = out / "result.json"
+    record = read_json(file) if file.is_file() else {}
+    return record if isinstance(record, dict) and record.get("tool") == TOOL else {}

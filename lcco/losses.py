@@ -17,11 +17,11 @@ from lcco.model import Output
 def soft_iou(p: Tensor, g: Tensor, valid: Tensor, eps: float = 1.0) -> Tensor:
     """The IoU loss η of a mask, in 0..1. Source: Su et al. 2023, which the paper cites for η.
 
-    p: [..., H, W] probabilities; g: truth in 0..1; valid: weight of each pixel, 0 = void. Returns
-    [...]. ε (in pixels) keeps an empty truth finite: the loss then grows with the predicted area.
+    p: [..., H, W] probabilities; g: truth in 0..1; valid: weight of each pixel, 0 = void. With ε
+    (in pixels) the loss of an empty truth grows with the predicted area. Returns [...].
     """
     p = p * valid
-    both, p, g = (p * g).sum(dim=(-2, -1)), p.sum(dim=(-2, -1)), (g * valid).sum(dim=(-2, -1))
+    both, p, g = (x.sum(dim=(-2, -1)) for x in (p * g, p, g * valid))
     # η = 1 − (Σpg + ε) / (Σp + Σg − Σpg + ε)
     return 1 - (both + eps) / (p + g - both + eps)
 
@@ -34,15 +34,10 @@ def _object_and_valid(truth: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     return (truth == 1).to(like), (truth != VOID).to(like)
 
 
-def _at_least_float(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def iou_loss(logits: Tensor, truth: Tensor, present: Tensor) -> Tensor:
     """Mean IoU loss of the masks. Paper: Eq. (10)."""
-    g, valid = _object_and_valid(truth, logits)
     # L_iou = (1/N) Σ_i η(M̂_i, M_i^gt)
-    return _mean(soft_iou(logits.sigmoid(), g, valid), present)
+    return _mean(soft_iou(logits.sigmoid(), *_object_and_valid(truth, logits)), present)
 
 
 def coarse_loss(coarse: Tensor, truth: Tensor, present: Tensor) -> Tensor:
@@ -74,9 +69,7 @@ def classification_loss(class_logits: Tensor, true: Tensor, reduction: str = "me
     """Binary cross-entropy between v and the one-hot true class. Paper: Eq. (12), sign mended.
 
     class_logits: [B, P], v before its softmax; true: [B] indices.
-    Deviation (`lc_reduction: sum`): leaves out 1/P, which makes the term tiny for many words. Under
-    Adam(W) neither that nor λ2 changes much: L_c alone reaches MLP3, and Adam divides a gradient by
-    its own size.
+    Deviation (`lc_reduction: sum`): leaves out 1/P, which makes the term tiny for many words.
     """
     B, P = class_logits.shape
     target = F.one_hot(true, P).to(class_logits)  # [B, P]
@@ -91,10 +84,7 @@ def classification_loss(class_logits: Tensor, true: Tensor, reduction: str = "me
 
 
 def bce_loss(logits: Tensor, truth: Tensor, present: Tensor) -> Tensor:
-    """Binary cross-entropy, mean over an image's valid pixels.
-
-    Deviation (`bce`): not in the paper; holds the IoU loss back from painting whole images.
-    """
+    """Binary cross-entropy over an image's valid pixels. Deviation (`bce`): not in the paper."""
     g, valid = _object_and_valid(truth, logits)
     terms = F.binary_cross_entropy_with_logits(logits, g, reduction="none") * valid
     return _mean(terms.sum(dim=(-2, -1)) / valid.sum(dim=(-2, -1)).clamp(min=1), present)
@@ -109,18 +99,18 @@ def total_loss(
     output: of `LCCo`, whose half-precision logits become float here; true: [B] from `true_class`,
     −1 = unknown (left out of L_c). A term whose module is off, or whose λ is 0, is left out.
     """
-    logits = _at_least_float(output.logits)
-    # L = L_iou + λ1·L_cs + λ2·L_c
+    logits, coarse = (
+        x if x is None else x.to(torch.promote_types(x.dtype, torch.float32))
+        for x in (output.logits, output.coarse)
+    )
     parts = {"iou": iou_loss(logits, truth, present)}
-    total = parts["iou"]
-    if output.coarse is not None and lambda_cs:
-        parts["cs"] = coarse_loss(_at_least_float(output.coarse), truth, present)
-        total = total + lambda_cs * parts["cs"]
-    if output.class_logits is not None and lambda_c and true is not None and (true >= 0).any():
-        known = true >= 0
+    if coarse is not None and lambda_cs:
+        parts["cs"] = coarse_loss(coarse, truth, present)
+    known = None if true is None else true >= 0
+    if output.class_logits is not None and lambda_c and known is not None and known.any():
         parts["c"] = classification_loss(output.class_logits[known], true[known], lc_reduction)
-        total = total + lambda_c * parts["c"]
     if bce:
         parts["bce"] = bce_loss(logits, truth, present)
-        total = total + bce * parts["bce"]
-    return total, parts
+    weights = {"iou": 1.0, "cs": lambda_cs, "c": lambda_c, "bce": bce}
+    # L = L_iou + λ1·L_cs + λ2·L_c
+    return sum(weights[name] * part for name, part in parts.items()), parts

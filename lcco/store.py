@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import sys
-import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,8 @@ def _writable(folder: Path) -> Iterator[None]:
     except OSError as error:
         for kind in ("runs", "cache"):
             if folder.absolute().is_relative_to(place(kind).absolute()):
-                mend = f"set LCCO_{kind.upper()} to a folder that can be written to"
-                why = error.strerror or type(error).__name__
-                raise LCCoError(f"{folder}: cannot be written to ({why}); {mend}") from None
+                why = f"cannot be written to ({error.strerror})"
+                raise LCCoError(f"{folder}: {why}; set LCCO_{kind.upper()} to another") from None
         raise
 
 
@@ -33,16 +32,13 @@ def _writable(folder: Path) -> Iterator[None]:
 def atomic_path(path: Path) -> Iterator[Path]:
     """Give a file beside `path` to write; on success it is synced and renamed to `path`."""
     path = Path(path)
+    # A short name: `path.name` may already be as long as the disk allows.
+    part = path.with_name(f".part-{uuid.uuid4().hex[:8]}{path.suffix[:12]}")
     with _writable(path.parent):
-        # A short name: `path.name` may already be as long as the disk allows.
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".part-", suffix=path.suffix[:12])
-        os.close(handle)
-        part = Path(name)
         try:
             yield part
             with open(part, "rb+") as f:
                 os.fsync(f.fileno())
-            os.chmod(part, 0o644)  # mkstemp makes it private
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
@@ -72,18 +68,15 @@ def lock(path: Path, message: str = "") -> Iterator[None]:
     """Hold an exclusive lock on the file `path`; a second process says so and waits."""
     import filelock
 
-    path = Path(path)
-    with _writable(path.parent):
-        held = filelock.FileLock(path)
+    held = filelock.FileLock(path)
+    with _writable(Path(path).parent):
         try:
-            held.acquire(timeout=0)
+            taken = held.acquire(timeout=0)
         except filelock.Timeout:
             print(message or f"waiting for another process: {path}", file=sys.stderr, flush=True)
-            held.acquire()
-    try:
+            taken = held.acquire()
+    with taken:
         yield
-    finally:
-        held.release()
 
 
 def kept(path: Path, make: Callable[[], Any]) -> Any:
@@ -93,29 +86,18 @@ def kept(path: Path, make: Callable[[], Any]) -> Any:
     """
     import numpy as np
 
-    def write(part: Path) -> None:
-        if path.suffix == ".npy":
-            np.save(part, make())
-        else:
-            part.write_text(json.dumps(make(), separators=(",", ":")), encoding="utf-8")
-
-    path = kept_file(path, write)
+    array = path.suffix == ".npy"
+    if not path.is_file():
+        with lock(path.with_name(f"{path.name}.lock")):
+            if not path.is_file():  # nor made by another process in the meantime
+                with atomic_path(path) as part:
+                    if array:
+                        np.save(part, make())
+                    else:
+                        part.write_text(json.dumps(make()), encoding="utf-8")
     try:
-        if path.suffix == ".npy":
-            return np.load(path, mmap_mode="r")
-        return json.loads(path.read_text(encoding="utf-8"))
+        return np.load(path, mmap_mode="r") if array else json.loads(path.read_text("utf-8"))
     except (ValueError, EOFError, OSError) as error:
         print(f"{path}: damaged ({error}), made again", file=sys.stderr)
         path.unlink()
         return kept(path, make)
-
-
-def kept_file(path: Path, write: Callable[[Path], Any]) -> Path:
-    """`path`, once `write(part)` has filled a file that then takes this name; done only once."""
-    path = Path(path)
-    if not path.is_file():
-        with lock(path.with_name(f"{path.name}.lock")):
-            if not path.is_file():
-                with atomic_path(path) as part:
-                    write(part)
-    return path

@@ -19,15 +19,14 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 from PIL import Image
 
-from lcco.common import project_root
 from lcco.config import load_profile
 from lcco.data import CoSegData, load_data
 from lcco.experiment.plan import BASELINE
 from lcco.experiment.runs import Run, find_run
-from lcco.metrics import jaccard, resize_map
+from lcco.metrics import count, resize_map
 from lcco.store import atomic_path
 
-EXAMPLES = project_root(Path(__file__).parent) / "examples"
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 # Four of each set, mistakes among them.
 TEASER = {
     "motorbike": ("000086", "032533", "128137", "551647"),
@@ -274,7 +273,7 @@ def clearest(run: Run, data: CoSegData, among: int = 60) -> tuple[int, dict[str,
         sets = {c: [i, *(j for j in g if j != i)][:5] for c, g in groups.items()}
         truths = [data.mask(i, [c]) for c in sets]
         maps = [resize_map(predictor(data, g)[0], truths[0].shape) for g in sets.values()]
-        worse = min(jaccard(m > 0.5, t) for m, t in zip(maps, truths, strict=True))
+        worse = min(count(m > 0.5, t).jaccard() for m, t in zip(maps, truths, strict=True))
         found.append((worse, i, sets))
     return max(found)[1:]
 

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from lcco.common import project_root
 from lcco.experiment.tables import MEASURED, label
 from lcco.store import write_text
 
-ROOT = project_root(Path(__file__).parent)
+ROOT = Path(__file__).resolve().parents[1]
 LINES = (  # profile, test set, protocol
     ("lite", "msrc7", "ufo"), ("lite", "pascal1037", "ufo"), ("lite", "voc_val", "choice"),
     ("shipped", "msrc7", "ufo"), ("shipped", "pascal_fold_test", "ufo"),

@@ -8,49 +8,48 @@ import torch
 from lcco.common import LCCoError
 from lcco.config import load_profile
 from lcco.experiment import bench as bench_
-from lcco.experiment.bench import PARTS, bench
-from lcco.experiment.tables import Table
+from lcco.experiment.bench import MODULES, bench, flops, parts
+from lcco.experiment.tables import Table, label
 
 torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
-def network():
+def measured():
+    """Works and parameters of the smoke profile, for a set of three."""
     e = load_profile("smoke").experiment.replace({"model.weights": None, "tower.weights": None})
-    return bench_._Network(e, 3)
+    return parts(e, 3)
 
 
-def test_each_part_of_a_profiles_network_is_a_row(monkeypatch):
+def test_each_part_of_a_profiles_network_is_a_row():
     rows = bench(load_profile("smoke"), repeats=2).set_index("row")
-    assert tuple(rows.index) == PARTS and (rows["table"] == "cost").all()
+    names = [f"Baseline + {label(module)}" for module in MODULES]
+    names = ["image tower", "backbone", "Baseline", *names, "LCCo, embeddings cached", "LCCo, all"]
+    assert list(rows.index) == names and (rows["table"] == "cost").all()
     assert (rows[["parameters", "flops", "seconds", "ratio"]] > 0).all(axis=None)
     floor = rows.loc[["image tower", "backbone"], "seconds"].sum()
     assert rows.loc["LCCo, all", "ratio"] == pytest.approx(
         rows.loc["LCCo, all", "seconds"] / floor, rel=0.02
     )
-    for kind in ("flops", "seconds"):
-        assert rows.loc["Baseline, all", kind] > rows.loc["top-down path", kind]
-        assert rows.loc["LCCo, all", kind] > rows.loc["LCCo, embeddings cached", kind]
+    assert rows.loc["Baseline", "flops"] > rows.loc["backbone", "flops"]
     assert rows["threads"].iloc[0] == 1 and rows["torch"].iloc[0] == torch.__version__
     assert rows["test_set"].iloc[0] == "a set of 3 at 64 px" and rows["device"].iloc[0]
     table = Table("cost", rows.reset_index(), values=("parameters", "flops", "seconds"), unit="")
-    assert "top-down path" in table.markdown()
+    assert "Baseline + ISFC" in table.markdown()
     with pytest.raises(LCCoError, match="`repeats` is 0"):
         bench(load_profile("smoke"), repeats=0)
 
 
-def test_parameters_and_operations_add_up(network):
-    size, flops = network.parameters(), network.flops()
-    modules = ("ISFC", "CLIP interaction", "CLIP regularization")
-    full, base = "LCCo, embeddings cached", "Baseline, all"
-    assert size[full] - size[base] == sum(size[m] for m in modules)
-    assert flops[full] - flops[base] == sum(flops[m] for m in modules)
-    cosines = 2 * 3 * network.features.tower.width * 40  # S of three images and 40 words
-    assert flops[base] == flops["backbone"] + flops["top-down path"] + cosines
-    assert flops["LCCo, all"] == flops[full] + flops["image tower"]
+def test_parameters_and_operations_add_up(measured):
+    works, size = measured
+    for count in (size, {name: flops(work) for name, work in works.items()}):
+        added = [count[f"Baseline + {label(m)}"] - count["Baseline"] for m in MODULES]
+        assert min(added) > 0
+        assert count["LCCo, embeddings cached"] - count["Baseline"] == sum(added)
+        assert count["LCCo, all"] == count["LCCo, embeddings cached"] + count["image tower"]
 
 
-def test_operations_of_a_part_are_worked_by_hand(network):
+def test_operations_of_a_part_are_worked_by_hand(measured):
     """ISFC's projections, attention, FFN1 and conv on the 4 × 4 maps of three images."""
     N, C, hw, edges = 3, 16, 16, 6
     projections = 3 * N * C * C * hw  # query, key, value
@@ -58,10 +57,13 @@ def test_operations_of_a_part_are_worked_by_hand(network):
     merge = edges * C * C * hw
     ffn1 = edges * hw * (2 * C * 2 * C + 2 * C * C)
     conv = N * 9 * C * C * hw
-    assert network.flops()["ISFC"] == 2 * (projections + attention + merge + ffn1 + conv)
+    works, _ = measured
+    added = flops(works["Baseline + ISFC"]) - flops(works["Baseline"])
+    assert added == 2 * (projections + attention + merge + ffn1 + conv)
 
 
-def test_the_least_of_the_rounds_counts_and_the_first_warms_up(network, monkeypatch):
-    rounds = iter([{"a": 1.0}, {"a": 5.0}, {"a": 3.0}])
-    monkeypatch.setattr(network, "measure", lambda read: next(rounds))
-    assert network.seconds(2) == {"a": 3.0}
+def test_the_least_of_the_rounds_counts_and_the_first_warms_up(monkeypatch):
+    took = iter([*[1.0] * 8, *[9.0] * 4, *[3.0] * 4, *[5.0] * 8])  # three rounds of eight works
+    monkeypatch.setattr(bench_, "seconds", lambda work: next(took))
+    rows = bench(load_profile("smoke"), repeats=2)
+    assert rows["seconds"].tolist() == [5.0] * 4 + [3.0] * 4

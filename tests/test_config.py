@@ -35,6 +35,8 @@ def test_an_experiment_survives_json():
     [
         ({"model.kk": 3}, "unknown setting `model.kk`; did you mean `model.k`"),
         ({"k": 3}, "unknown setting `k`; did you mean `model.k`"),
+        ({"seed.k": 3}, "unknown setting `k`"),
+        ({"model": 3}, "`model` is 3"),
         ({"model.k": 0}, "`model.k` is 0"),
         ({"model.k": 2.5}, "`model.k` is 2.5"),
         ({"train.lr": float("nan")}, "`train.lr` is nan"),
@@ -83,11 +85,11 @@ def test_base_gives_what_a_profile_does_not_set(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("a: [", "not valid YAML at line"),
-        ("- a", "must hold a mapping"),
+        ("a: [", "not valid YAML: while parsing"),
+        ("- a", "should be a valid dictionary"), ("experiment: 5", "should be a valid dictionary"),
         ("tests: [a]\nsedes: [0]", "unknown setting `sedes`; did you mean `seeds`"),
-        ("experiment: {model: {k: 0}}", "`experiment.model.k` is 0"),
-        ("base: loop.yaml", "leads back"),
+        ("experiment: {model: {k: 0}}", "`model.k` is 0"),
+        ("base: loop.yaml", "`base` leads back to loop.yaml"),
         ("seeds: []", "`seeds`"),
     ],
 )
@@ -107,7 +109,8 @@ def test_an_unknown_profile_names_those_there_are():
     ("value", "kind", "want"),
     [
         ("true", bool, True), ("3", int, 3), ("[0, 1]", list[int], [0, 1]),
-        ("null", list[int] | None, None), (None, str | None, None), ("007", str, "007"),
+        ("null", list[int] | None, None), ("null", str | None, None), (None, str | None, None),
+        ("007", str, "007"), ("[a]", str, "[a]"), ("007", str | None, "007"),
         ("2024_05", str, "2024_05"), (2, float, 2.0), ("a", typing.Literal["a", "b"], "a"),
     ],
 )  # fmt: skip
@@ -117,8 +120,11 @@ def test_parameters_become_what_they_are_declared(value, kind, want):
 
 @pytest.mark.parametrize(
     ("value", "kind", "said"),
-    [(7, str, "papermill -r p TEXT"), ("maybe", bool, "is 'maybe'"), ("[a]", list[int], "`p.0`")],
-)
+    [
+        (7, str, "`p` is 7: Input should be a valid string"), ("maybe", bool, "is 'maybe'"),
+        ("[a]", list[int], "`p.0`"),
+    ],
+)  # fmt: skip
 def test_parameters_of_another_type_are_one_line(value, kind, said):
     with pytest.raises(LCCoError) as error:
         typed(value, kind, "p")

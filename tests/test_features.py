@@ -1,7 +1,6 @@
-"""What is kept of sets is what the frozen parts say, and a batch is what the draws say."""
+"""What is kept of sets is what the frozen parts say."""
 
 import shutil
-from dataclasses import replace
 
 import drawn
 import numpy as np
@@ -12,9 +11,8 @@ from PIL import Image, ImageOps
 
 from lcco.common import place
 from lcco.config import Experiment
-from lcco.data import Draw, load_data
-from lcco.experiment.features import Features, batch, make_features
-from lcco.semantics import make_vocabulary
+from lcco.data import load_data
+from lcco.experiment.features import Features, make_features
 
 
 @pytest.fixture
@@ -66,42 +64,6 @@ def test_a_live_backbone_gets_the_pictures(base):
     np.testing.assert_array_equal(cut, np.array(mask))
 
 
-def test_a_batch_is_what_the_draws_say(base):
-    features, data = make_features(base, "cpu"), load_data(base.data.train)
-    vocabulary = make_vocabulary(features.tower, base.tower)
-    cow, dog = data.groups["cow"], data.groups["dog"]
-    draws = [
-        Draw(("cow",), tuple(cow[:3]), (False,) * 3, (None,) * 3),
-        Draw(("dog",), tuple(dog[:2]), (True, False), (None,) * 2),
-    ]
-    made = batch(features, vocabulary, data, draws, v_gt="tower", background="zero")
-    assert made.present.tolist() == [[True] * 3, [True, True, False]]
-    assert (made.truth[1, 2] == 255).all() and not made.embeddings[1, 2].any()
-    assert not any(m[1, 2].any() for m in made.maps)
-    for b, n, i, flip in ((0, 1, cow[1], False), (1, 0, dog[0], True)):
-        np.testing.assert_array_equal(made.truth[b, n], plain(data, i, 64, flip)[1])
-        one = features.tower.encode_images([data.image(i)])[0]
-        torch.testing.assert_close(made.embeddings[b, n], one)
-    # v^gt by hand: the masked pictures through the tower, summed over the group
-    masked = []
-    for i in cow[:3]:
-        pixels = np.array(data.image(i))
-        pixels[data.mask(i, ["cow"]) != 1] = 0
-        masked.append(Image.fromarray(pixels))
-    sums = (features.tower.encode_images(masked) @ vocabulary.embeddings.T).sum(0)
-    assert made.true[0] == sums.argmax()
-    # or by name: unknown where the images share several, or the vocabulary has no such word
-    both = Draw(("cow", "dog"), tuple(cow[:2]), (False,) * 2, (None,) * 2)
-    named = batch(features, vocabulary, data, [*draws, both], v_gt="name", background="zero")
-    words = vocabulary.words
-    assert named.true.tolist() == [words.index("cow"), words.index("dog"), -1]
-    fewer = replace(vocabulary, words=("dog", "boat", "car", "hat"))
-    named = batch(features, fewer, data, draws, v_gt="name", background="zero")
-    assert named.true.tolist() == [-1, 0]
-    none = batch(features, vocabulary, data, draws, v_gt=None, background="zero")
-    assert none.true is None
-
-
 def test_masked_embeddings_of_what_a_group_seldom_asks_for(base):
     features, data = make_features(base, "cpu"), load_data(base.data.train)
     cow = data.groups["cow"][0]
@@ -145,17 +107,30 @@ def test_edited_masks_are_read_anew(base):
     features, data = make_features(base, "cpu"), load_data(base.data.train)
     pair = (0, tuple(data.classes_of(0)))
     seen, said = features.truth(data, *pair), features.masked(data, [pair], "zero")
-    file = data.truth_path(0)
+    file = data.files[0][1]
     ImageOps.invert(Image.open(file).convert("L")).save(file)
     data = load_data(base.data.train)
     np.testing.assert_array_equal(features.truth(data, *pair), 1 - seen)
     assert not torch.equal(features.masked(data, [pair], "zero"), said)
 
 
-def test_experiments_with_the_same_frozen_parts_share_them(base):
-    one = make_features(base, "cpu")
-    assert make_features(base.replace({"model.width": 32, "name": "other"}), "cpu") is one
-    assert make_features(base.replace(seed=1), "cpu") is not one  # random weights are the seed's
+def test_maps_of_large_sets_lie_in_several_files(base, monkeypatch):
+    whole, data = make_features(base, "cpu"), load_data(base.data.train)
+    items = [11, 0, 4, 5]
+    expected = whole.visual(data, items)[1]
+    monkeypatch.setattr("lcco.experiment.features.IN_A_FILE", 5)
+    parts = fresh(whole)
+    shutil.rmtree(place("cache"))
+    parts.prepare(data)
+    assert len(list(place("cache").glob("maps-*.npy"))) == 3
+    for a, b in zip(parts.visual(data, items)[1], expected, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-3, rtol=2e-3)
+
+
+def test_a_tower_is_loaded_once_and_a_live_backbone_belongs_to_one_model(base):
     live = base.replace({"model.frozen_stages": 2})
-    two = make_features(live, "cpu")  # its live stages belong to one model
-    assert make_features(live, "cpu") is not two and two.tower is one.tower
+    one, two = make_features(live, "cpu"), make_features(live, "cpu")
+    assert two.tower is one.tower and two.backbone is not one.backbone
+    assert two.backbone.identity == one.backbone.identity
+    other = make_features(live.replace(seed=1), "cpu")  # random weights are the seed's
+    assert other.backbone.identity != one.backbone.identity

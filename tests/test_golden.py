@@ -19,12 +19,10 @@ from lcco.config import Experiment
 from lcco.data import GroupSampler, load_data
 from lcco.data.glyphworld import glyphworld
 from lcco.experiment.evaluate import evaluate_all, evaluate_choice
-from lcco.experiment.features import make_features
 from lcco.experiment.predictor import read_experiment
-from lcco.experiment.runs import get_run, training_data
+from lcco.experiment.runs import get_run
 from lcco.experiment.train import Trainer
 from lcco.model import LCCo
-from lcco.semantics import make_vocabulary
 
 GOLD = json.loads(Path(__file__).with_name("golden.json").read_text())
 CPU = torch.backends.cpu.get_cpu_capability()
@@ -158,12 +156,8 @@ def experiment(settings: dict, changes: dict) -> Experiment:
 
 def train(experiment, folder, stop_at=None):
     torch.set_num_threads(1)
-    features = make_features(experiment, "cpu")
-    vocabulary = make_vocabulary(features.tower, experiment.tower)
-    data, holdout = training_data(experiment)
     for stop in (stop_at, None) if stop_at else (None,):
-        Trainer(experiment, folder, features, vocabulary, data, holdout).fit(stop)
-        features = make_features(experiment, "cpu")
+        Trainer(experiment, folder).fit(stop)
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 

@@ -12,14 +12,10 @@ from lcco.common import LCCoError
 from lcco.metrics import (
     PROTOCOLS,
     Counts,
-    adaptive_threshold,
     consecutive_groups,
     count,
     get_protocol,
-    jaccard,
-    pixel_accuracy,
     resize_map,
-    resize_truth,
 )
 
 torch.set_num_threads(1)
@@ -31,20 +27,21 @@ def test_counts_by_hand():
     # void ignored: 7 pixels count; object 4, predicted 3 (the one on void does not count), both 2
     # union 4 + 3 - 2 = 5; wrong are 2 missed + 1 extra, so 4 of 7 are right
     assert count(PRED, TRUTH) == Counts(inter=2, union=5, correct=4, pixels=7, predicted=3, truth=4)
-    assert jaccard(PRED, TRUTH) == 2 / 5
-    assert pixel_accuracy(PRED, TRUTH) == 4 / 7
+    assert count(PRED, TRUTH).jaccard() == 2 / 5
+    assert count(PRED, TRUTH).accuracy == 4 / 7
     # void as background: the pixel predicted there is one more false one
     assert count(PRED, TRUTH, ignore_void=False) == Counts(2, 6, 4, 8, 4, 4)
-    assert jaccard(PRED, TRUTH, ignore_void=False) == 2 / 6
-    assert pixel_accuracy(PRED, TRUTH, ignore_void=False) == 4 / 8
+    assert count(PRED, TRUTH, ignore_void=False).jaccard() == 2 / 6
+    assert count(PRED, TRUTH, ignore_void=False).accuracy == 4 / 8
 
 
 def test_empty_truth_conventions():
     nothing, some = np.zeros((2, 2), bool), np.eye(2, dtype=bool)
     empty = np.zeros((2, 2), np.uint8)
-    assert [jaccard(nothing, empty, empty=e) for e in ("zero", "one", "skip")] == [0.0, 1.0, None]
-    assert [jaccard(some, empty, empty=e) for e in ("zero", "one", "skip")] == [0.0, 0.0, None]
-    assert pixel_accuracy(some, empty) == 0.5
+    none, one = count(nothing, empty), count(some, empty)
+    assert [none.jaccard(e) for e in ("zero", "one", "skip")] == [0.0, 1.0, None]
+    assert [one.jaccard(e) for e in ("zero", "one", "skip")] == [0.0, 0.0, None]
+    assert one.accuracy == 0.5
     # an object under void alone is no object, and a truth of void alone gives no P
     assert count(some, np.full((2, 2), 255)).accuracy is None
     rows = [PROTOCOLS["native"].row("k", "c", count(some, np.full((2, 2), 255)))]
@@ -61,8 +58,8 @@ def test_against_scikit_learn(void):
             truth[rng.random(truth.shape) < 0.2] = 255
         keep = truth != 255
         J, P = jaccard_score(truth[keep], pred[keep]), accuracy_score(truth[keep], pred[keep])
-        assert jaccard(pred, truth) == pytest.approx(J, abs=1e-12)
-        assert pixel_accuracy(pred, truth) == pytest.approx(P, abs=1e-12)
+        assert count(pred, truth).jaccard() == pytest.approx(J, abs=1e-12)
+        assert count(pred, truth).accuracy == pytest.approx(P, abs=1e-12)
 
 
 def test_sizes_must_agree():
@@ -73,8 +70,9 @@ def test_sizes_must_agree():
 def test_thresholds_by_hand():
     bright = np.array([[0, 0], [0.6, 1]], np.float32)
     # mean .4; deviations -.4 -.4 .2 .6, mean square (.16 + .16 + .04 + .36) / 4 = .18, std .4243
-    assert adaptive_threshold(bright, 0.9) == pytest.approx(0.8243, abs=1e-4)
-    assert adaptive_threshold(bright, 0.8) == 0.8
+    few = np.array([[0, 0, 0, 0.34, 0.4]], np.float32)
+    # mean .148, mean square .05512 - .0219 = .0332, std .1822: .3302; n - 1 would give .3518
+    assert PROTOCOLS["ufo"].binarise(few, (1, 5)).sum() == 2
     ssnm, ufo = (PROTOCOLS[name].binarise(bright, (2, 2)).tolist() for name in ("ssnm", "ufo"))
     assert ssnm == [[False, False], [False, True]]  # cap .8
     assert ufo == [[False, False], [True, True]]  # cap .5
@@ -122,13 +120,14 @@ def test_truth_is_squashed_as_the_peers_do():
 
     half = np.zeros((50, 100), np.uint8)
     half[:, :50] = 1
-    assert resize_truth(half, 224).sum() == 112 * 224  # aspect ignored: the left half stays it
+    squash = PROTOCOLS["ufo"].truth
+    assert squash(half).sum() == 112 * 224  # aspect ignored: the left half stays it
     peers = transforms.Compose([transforms.Resize((224, 224)), transforms.ToTensor()])
     rng = np.random.default_rng(1)
     for shape in ((300, 451), (97, 60), (224, 224)):
         blobs = resize_map(rng.random((9, 11), np.float32), shape) > 0.5
         theirs = peers(Image.fromarray((blobs * 255).astype(np.uint8)))[0].numpy() > 0.5
-        assert np.array_equal(resize_truth(blobs.astype(np.uint8), 224), theirs)
+        assert np.array_equal(squash(blobs.astype(np.uint8)), theirs)
 
 
 def test_a_grey_truth_is_resized_before_its_threshold():
@@ -141,9 +140,8 @@ def test_a_grey_truth_is_resized_before_its_threshold():
     grey = np.clip(np.where(blobs, 255, 0) + noise, 0, 255).astype(np.uint8)
     theirs = peers(Image.fromarray(grey))[0].numpy() > 0.5
     mask = (grey > 127).astype(np.uint8)
-    assert np.array_equal(resize_truth(grey, 224, grey=True), theirs)
-    assert not np.array_equal(resize_truth(mask, 224), theirs)
     assert np.array_equal(PROTOCOLS["ufo"].truth(mask, grey), theirs)
+    assert not np.array_equal(PROTOCOLS["ufo"].truth(mask), theirs)
     for name in ("segswap", "native"):  # at its own size it is the mask
         assert np.array_equal(PROTOCOLS[name].truth(mask, grey), mask)
 
@@ -256,14 +254,12 @@ def test_averages_by_hand(name):
         assert got["J_class"] == pytest.approx((1.5 / 3 + 0.5) / 2)  # not the image mean
 
 
-def test_both_conventions_of_native():
+def test_the_conventions_for_an_empty_truth():
     # J 1; without the object, nothing predicted; the same with 1% (not more): no alarm, yet J 0
     cases, names = [("a", 20, 20, 20), ("a", 0, 0, 0), ("a", 0, 1, 0)], ("native", "ufo", "segswap")
     native, ufo, segswap = (PROTOCOLS[n].summarise(rows(n, cases)) for n in names)
-    thirds = 2 / 3, 1 / 3, 1
-    assert (native["J"], native["J_other"], native["J_nonempty"]) == pytest.approx(thirds)
-    assert (ufo["J"], ufo["J_other"]) == pytest.approx((1 / 3, 2 / 3))
-    assert (segswap["J"], segswap["J_other"]) == pytest.approx((1, 1 / 3))
+    assert (native["J"], native["J_nonempty"]) == pytest.approx((2 / 3, 1))
+    assert (ufo["J"], segswap["J"]) == pytest.approx((1 / 3, 1))
     assert native["false_alarms"] == 0 and native["empty_area"] == pytest.approx(0.005)
     assert PROTOCOLS["native"].summarise(rows("native", [("a", 0, 2, 0)]))["false_alarms"] == 1
 

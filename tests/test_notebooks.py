@@ -14,7 +14,6 @@ import pytest
 
 from lcco.config import profile_names
 from lcco.experiment.plan import NOTEBOOKS as NUMBERS
-from lcco.experiment.tables import read_table
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(p.stem for p in (ROOT / "notebooks").glob("*.ipynb"))
@@ -110,7 +109,7 @@ def elsewhere(shared: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder outside the repository from which notebooks are run, as current folder."""
     monkeypatch.delenv("LCCO_DATA", raising=False)
     given = {"LCCO_RUNS": str(shared / "runs"), "LCCO_CACHE": str(shared / "cache")}
-    given |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "LCCO_OFFLINE": "1"}
+    given |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(shared / "elsewhere")
@@ -142,8 +141,7 @@ def test_runs_at_smoke(stem, elsewhere):
     red = [o.text for c in made.cells for o in c.get("outputs", ()) if o.get("name") == "stderr"]
     assert not red, red
     for name in TABLES.get(stem, ()):
-        table = read_table(out / f"{name}.csv")
-        assert len(table.rows) and table.rows["status"].eq("measured").any()
+        assert ",measured," in (out / f"{name}.csv").read_text(encoding="utf-8")
         assert all((out / f"{name}.{k}").stat().st_size for k in ("md", "tex", "records.json"))
     for name in FIGURES[stem]:
         assert all((out / f"{name}.{kind}").stat().st_size for kind in ("png", "pdf"))

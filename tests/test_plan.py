@@ -16,11 +16,11 @@ def profile():
 
 
 def test_rows_have_the_papers_names_in_its_order():
-    assert list(plan.component_variants()) == [
+    assert list(plan.COMPONENTS) == [
         "Baseline", "ISFC", "CLIP inter.", "CLIP reg.", "ISFC + CLIP inter.", "ISFC + CLIP reg.",
         "CLIP inter. + CLIP reg.", "LCCo",
     ]  # fmt: skip
-    for name, changes in plan.component_variants().items():
+    for name, changes in plan.COMPONENTS.items():
         off = {module for module, text in plan.MODULES.items() if text not in name}
         off = {"Baseline": set(plan.MODULES), "LCCo": set()}.get(name, off)
         assert changes == {f"model.{module}": False for module in off}
@@ -36,6 +36,7 @@ def test_readings_turn_one_setting_over(profile):
         assert changes[key] != own[key]
         assert changes.keys() <= {key, "loss.lambda_c"}
         assert profile.experiment.replace(changes).hash != profile.experiment.hash
+    assert found["mlp3_lr = 10"] == {"train.mlp3_lr": 10}
     assert "vocabulary = coco80" in found and "vocabulary = voc20" not in found
 
 
@@ -47,7 +48,7 @@ def test_what_notebooks_need(profile):
     assert plan.Score(p.choice_tests[0], ("choice",), size) in first[0].scores
     assert len(plan.needs("02", p)) == 8 * len(p.ablation_seeds)
     assert {j.experiment.model.k for j in plan.needs("04", p)} == {1, 3, 5, 7, 9}
-    assert {s.group_size for s in plan.needs("05", p)[0].scores} == set(plan.set_sizes(p))
+    assert {s.group_size for s in plan.needs("05", p)[0].scores} == set(p.set_sizes)
     assert not any(plan.needs(n, p) for n in ("00", "08", "method"))
     with pytest.raises(LCCoError, match="no notebook `11`; there are: 00, method, 01"):
         plan.needs("11", p)

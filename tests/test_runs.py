@@ -19,9 +19,9 @@ from lcco import config
 from lcco.common import LCCoError, Missing, file_digest, place
 from lcco.config import TRAINING_VERSION, Experiment, load_profile
 from lcco.data import load_data
-from lcco.experiment import runs
+from lcco.experiment import predictor, runs, train
 from lcco.experiment.evaluate import evaluate_all
-from lcco.experiment.features import _made
+from lcco.experiment.features import deterministic
 from lcco.experiment.runs import environment, estimate, find_run, get_run, open_run
 from lcco.store import lock, read_json
 
@@ -33,7 +33,7 @@ def base(tmp_path) -> Experiment:
 
 def home(data) -> str:
     """The folder of a drawn set."""
-    return str(data.path(0).parents[2])
+    return str(data.files[0][0].parents[2])
 
 
 @pytest.fixture
@@ -50,14 +50,15 @@ def invert(file: Path) -> None:
 def test_a_run_is_trained_once_and_its_record_says_what_made_it(base):
     assert find_run(base) is None
     path = place("runs") / base.run_name
-    tiny.trainer(base, path).fit(stop_at=1)  # as if interrupted
+    train.Trainer(base, path).fit(stop_at=1)  # as if interrupted
     run = get_run(base)
     stamp = (path / "last.safetensors").stat().st_mtime_ns
     assert get_run(base).record == run.record == find_run(base).record
     assert (path / "last.safetensors").stat().st_mtime_ns == stamp
     assert not (path / "checkpoint.pt").exists()
     record, data = run.record, load_data(base.data.train)
-    assert record["hash"] == base.hash and record["training_version"] == TRAINING_VERSION
+    assert Experiment(**record["experiment"]) == base
+    assert record["training_version"] == TRAINING_VERSION and "words" not in record
     here = record["environment"]
     assert {"commit", "dirty", "device", "threads", "python", "cores"} <= here.keys()
     assert torch.__version__.startswith(here["versions"]["torch"])
@@ -65,22 +66,22 @@ def test_a_run_is_trained_once_and_its_record_says_what_made_it(base):
     assert record["data"]["masks"] == record["holdout"]["masks"] == data.truth_digest()
     assert record["weights_sha256"] == file_digest(run.weights, 64)
     assert run.weights.name == "best.safetensors"
-    assert record["training"]["step"] == 2 and record["training"]["threads"] == 1
-    assert record["seconds"] > 0 and record["processes"] == 1 and record["peak_memory_mb"] > 10
+    assert record["training"]["step"] == 2 and here["threads"] == 1
+    assert record["seconds"] > 0 and record["processes"] == 1
     predictor = run.predictor()
     assert record["tower"] == predictor.features.tower.identity
     assert record["vocabulary_hash"] == predictor.vocabulary.hash
     assert list(run.log()["step"]) == [1, 2] and "holdout_J" in run.log()
     last = get_run(base.replace({"data.holdout": []}))
     assert last.weights.name == "last.safetensors" and last.record["holdout"] is None
-    (path / "record.json").write_text("{}")
-    with pytest.raises(LCCoError, match="record.json: damaged; remove"):
+    (path / "record.json").write_text("{")
+    with pytest.raises(LCCoError, match="record.json: damaged; delete it"):
         get_run(base)
 
 
 def test_a_training_on_several_machines_names_them_and_adds_up_its_seconds(base, monkeypatch):
     real, here = runs.Trainer.fit, environment()
-    monkeypatch.setattr(runs, "environment", lambda: here | {"device": "gpu a"})
+    monkeypatch.setattr(train, "environment", lambda: here | {"device": "gpu a"})
 
     def stopped(self):
         real(self, stop_at=1)
@@ -93,11 +94,11 @@ def test_a_training_on_several_machines_names_them_and_adds_up_its_seconds(base,
     saved = torch.load(checkpoint, weights_only=True)
     saved["state"]["seconds"] += 1000  # as if it had been long
     torch.save(saved, checkpoint)
-    monkeypatch.setattr(runs, "environment", lambda: here | {"device": "gpu b"})
+    monkeypatch.setattr(train, "environment", lambda: here | {"device": "gpu b"})
     record = get_run(base).record
     assert [e["device"] for e in record["begun_on"]] == ["gpu a"]
     assert record["environment"]["device"] == "gpu b"
-    assert 1000 < record["training"]["seconds"] < record["seconds"] < 1200
+    assert 1000 < record["seconds"] < 1200
 
 
 def test_a_copy_without_git_is_unknown_not_clean(monkeypatch, tmp_path):
@@ -124,7 +125,7 @@ def test_who_asks_for_a_run_in_training_waits_for_it(base, monkeypatch, capsys):
     monkeypatch.setattr(runs.Trainer, "fit", lambda self: pytest.fail("trained twice"))
     with ThreadPoolExecutor(1) as other, lock(path.with_name(f"{path.name}.lock")):
         asked = other.submit(get_run, base)
-        while "waiting for another process that trains tiny-" not in capsys.readouterr().err:
+        while "waiting for another that trains tiny-" not in capsys.readouterr().err:
             assert not asked.done()
             time.sleep(0.01)
         path.with_name("elsewhere").rename(path)  # as the process that trained it would end
@@ -159,16 +160,20 @@ def test_two_processes_train_one_model_together(base, tmp_path):
     run = find_run(base)
     assert run.record["processes"] == 2 and run.record["training"]["step"] == 2
     assert list(run.log()["step"]) == [1, 2]
-    # The losses are those of one process with all the groups, but for the batch statistics.
-    whole = get_run(base.replace({"data.groups": 4}))
-    assert run.log()["loss"][0] == pytest.approx(whole.log()["loss"][0], rel=0.05)
+    # The first process's losses are those of every second group.
+    whole = train.Trainer(base.replace({"data.groups": 4}), tmp_path / "whole")
+    share = {k: v[::2] for k, v in whole.batch(0).items() if k in ("embeddings", "truth", "true")}
+    share |= {"images": None, "maps": [m[::2] for m in whole.batch(0)["maps"]]}
+    with deterministic(whole.features):
+        loss = float(whole.step(share)["loss"])
+    assert run.log()["loss"][0] == pytest.approx(loss, abs=1e-5)
 
 
 def test_runs_of_older_code_are_not_taken_for_new_ones(base, monkeypatch, capsys):
     old = get_run(base)
     with monkeypatch.context() as patch:
-        patch.setattr(config, "TRAINING_VERSION", TRAINING_VERSION + 1)
-        patch.setattr(runs, "TRAINING_VERSION", TRAINING_VERSION + 1)
+        for module in (config, predictor, runs):
+            patch.setattr(module, "TRAINING_VERSION", TRAINING_VERSION + 1)
         assert find_run(base) is None
         assert open_run("tiny").path == old.path
         assert "trained by an older version of the code" in capsys.readouterr().err
@@ -183,7 +188,6 @@ def test_an_unwritable_store_is_one_line(base, tmp_path, monkeypatch):
     for name in ("LCCO_RUNS", "LCCO_CACHE"):
         with monkeypatch.context() as patch:
             patch.setenv(name, str(tmp_path / "file" / "store"))
-            _made.cache_clear()
             with pytest.raises(LCCoError, match=rf"cannot be written to .*set {name}") as error:
                 get_run(base)
             assert "\n" not in str(error.value)
@@ -222,7 +226,7 @@ def test_a_run_without_its_weights_still_tells_its_scores(base, other):
         file.unlink()
     again = open_run(run.path)
     assert again.evaluate(other, "ufo", 3) == once
-    with pytest.raises(Missing, match="weights `tiny-.*` not found: train it again"):
+    with pytest.raises(Missing, match="weights `best.safetensors` not found: there is no file"):
         again.evaluate(other, "native", 3)
 
 
@@ -233,7 +237,7 @@ def test_pictures_of_training_are_refused(base, tmp_path, other):
         run.evaluate(mine, "ufo", 3)
     assert run.evaluate(mine, "ufo", 3, allow_overlap=True)["ufo"].summary["images"] == 12
     assert run.overlap(other) == 0
-    shutil.copy(mine.path(0), other.path(0))  # by content, whatever its name
+    shutil.copy(mine.files[0][0], other.files[0][0])  # by content, whatever its name
     changed = load_data(home(other))
     with pytest.raises(LCCoError, match="was trained on 1 of the 6"):
         run.evaluate(changed, "ufo", 3)
@@ -250,24 +254,24 @@ def test_pictures_of_training_are_refused(base, tmp_path, other):
 def test_pictures_that_chose_the_weights_are_counted(base, tmp_path, other):
     """They are no pictures of training, so a score is given; its row gets a note."""
     run = get_run(base.replace({"data.holdout": [home(other)]}))
-    assert (run.overlap(other), run.holdout_overlap(other)) == (0, 6)
+    assert (run.overlap(other), run.overlap(other, "holdout")) == (0, 6)
     assert run.evaluate(other, "ufo", 3)["ufo"].summary["images"] == 6
     more = load_data(str(drawn.folders(tmp_path, ["cow"], 2, name="more", first=900)))
-    assert run.holdout_overlap(more) == 0
-    shutil.copy(other.path(0), more.path(0))
-    assert run.holdout_overlap(load_data(home(more))) == 1
+    assert run.overlap(more, "holdout") == 0
+    shutil.copy(other.files[0][0], more.files[0][0])
+    assert run.overlap(load_data(home(more)), "holdout") == 1
 
 
 def test_test_pictures_are_left_out_of_training_and_holdout(base, tmp_path):
     mine = load_data(base.data.train)
     test = drawn.folders(tmp_path, ["cow"], 2, name="test", first=700)
-    shutil.copy(mine.path(0), next((test / "image" / "cow").iterdir()))
+    shutil.copy(mine.files[0][0], next((test / "image" / "cow").iterdir()))
     e = base.replace({"data.without": [str(test)]})
     data, holdout = runs.training_data(e)
     assert len(data) == len(holdout) == len(mine) - 1 and mine.keys[0] not in data.keys
     run = get_run(e)
     test = load_data(str(test))
-    assert run.overlap(test) == run.holdout_overlap(test) == 0
+    assert run.overlap(test) == run.overlap(test, "holdout") == 0
     assert run.record["data"]["images"] == 11
 
 
@@ -278,7 +282,7 @@ def test_what_a_start_was_trained_on_counts(base, tmp_path, capsys):
     run = get_run(base.replace(changes))
     with pytest.raises(LCCoError, match="was trained on 12 of the 12"):
         run.evaluate(load_data(base.data.train), "ufo", 3)
-    assert run.holdout_overlap(load_data(base.data.train)) == 12
+    assert run.overlap(load_data(base.data.train), "holdout") == 12
     shutil.rmtree(base.data.train[0])  # on another machine it cannot be looked at, and says so
     new = load_data(str(drawn.folders(tmp_path, ["cow"], 3, name="new", first=90)))
     assert open_run(run.path).overlap(new) == 0
@@ -289,11 +293,11 @@ def test_what_a_start_was_trained_on_counts(base, tmp_path, capsys):
 def test_a_training_set_that_was_edited_since_is_noticed(base, other, what):
     run, mine = get_run(base), load_data(base.data.train)
     if what == "masks":
-        invert(mine.truth_path(0))
+        invert(mine.files[0][1])
     else:
-        mine.path(0).unlink()
-        mine.truth_path(0).unlink()
-    said = f"{what} of set were edited since it was trained; put them back"
+        mine.files[0][0].unlink()
+        mine.files[0][1].unlink()
+    said = "pictures or masks of set were edited since it was trained; put them back"
     with pytest.raises(LCCoError, match=said):
         get_run(base)
     with pytest.raises(LCCoError, match=said):
@@ -308,10 +312,10 @@ def test_runs_are_opened_by_folder_name_and_file(base, other, tmp_path):
     run = get_run(base)
     assert open_run(run.path).record == open_run("tiny").record == run.record
     get_run(base.replace(seed=1))
-    with pytest.raises(LCCoError, match="several runs are called `tiny`: tiny-.*; give more"):
+    with pytest.raises(LCCoError, match="several runs are called `tiny`; .*: tiny-.*, tiny-"):
         open_run("tiny")
     begun = place("runs") / base.replace(seed=2).run_name
-    tiny.trainer(base.replace(seed=2), begun).fit(stop_at=1)
+    train.Trainer(base.replace(seed=2), begun).fit(stop_at=1)
     with pytest.raises(LCCoError, match="holds no finished run"):
         open_run(begun)
     file = tmp_path / "mine.safetensors"
@@ -334,15 +338,11 @@ def test_the_shipped_model_is_a_run_and_is_scored(other, capsys):
 def test_an_estimate_is_of_the_right_order_and_keeps_nothing(base):
     found = estimate(base)
     assert (found["images"], found["steps"], found["images a step"]) == (12, 2, 6)
-    model = tiny.trainer(base, Path("unused")).model
+    model = train.Trainer(base, Path("unused")).model
     learned = [p.numel() for n, p in model.named_parameters() if not n.startswith("backbone.")]
     assert found["trained parameters"] == sum(learned)
-    assert 0 < found["training seconds"] < 60 and found["estimated from"].endswith("machine")
+    assert 0 < found["training seconds"] < 60
     assert not list(place("runs").glob("*"))
-    run = get_run(base)
-    like = estimate(base.replace(seed=3))
-    assert like["estimated from"] == "a finished run like it"
-    assert like["training seconds"] == pytest.approx(run.record["seconds"], abs=0.01)
 
 
 def test_absent_test_sets_are_named(monkeypatch, tmp_path):

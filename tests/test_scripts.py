@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from layout import layout_problems
 from PIL import Image
 
 import lcco
@@ -16,7 +17,6 @@ from lcco.common import file_digest
 from lcco.config import load_profile
 from lcco.cosegmentation import Result
 from lcco.data.glyphworld import CLASSES, draw
-from lcco.experiment.figures import layout_problems
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = Path(lcco.__file__).parent / "weights"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lcco.common import LCCoError, Missing, digest, duration, few, place, progress
-from lcco.store import atomic_path, kept, kept_file, lock, read_json, write_json, write_text
+from lcco.store import atomic_path, kept, lock, read_json, write_json, write_text
 
 
 @pytest.mark.parametrize(
@@ -48,13 +48,13 @@ def test_names_as_long_as_a_disk_allows(tmp_path):
 
 
 def _slow(path, log):
-    def write(part):
+    def make():
         with open(log, "a") as f:
             f.write("made\n")
         time.sleep(0.5)
-        part.write_text("1")
+        return 1
 
-    kept_file(path, write)
+    kept(path, make)
 
 
 def test_two_processes_make_it_once(tmp_path):

@@ -5,14 +5,17 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
+import nbformat
+import numpy as np
 import pandas as pd
 import pytest
 
 from lcco.common import LCCoError, Missing
-from lcco.config import TRAINING_VERSION, Experiment, Profile, load_profile
+from lcco.config import TRAINING_VERSION, Experiment, Profile
 from lcco.experiment import tables
 from lcco.experiment.tables import (
     MEASURED,
@@ -20,10 +23,8 @@ from lcco.experiment.tables import (
     ROW_FIELDS,
     Table,
     collect,
-    effects,
     paired,
     quoted_rows,
-    read_table,
     row,
     with_paper,
 )
@@ -67,9 +68,8 @@ def main(lcco=(60.0, 61.0, 62.0), baseline=(50.0, 50.5, 51.0), **how) -> Table:
 
 
 def cell(table: Table, line: str, *column: str, part: int = 0) -> str:
-    text, bold = list(table.parts.values())[part]
-    at = text.index[text.iloc[:, 0] == line][0]
-    return f"**{text.loc[at, column]}**" if bold.loc[at, column] else text.loc[at, column]
+    text = list(table.parts.values())[part]
+    return text.loc[text.index[text.iloc[:, 0] == line][0], column]
 
 
 # ------------------------------------------------------------------------------ the paper's numbers
@@ -84,7 +84,7 @@ def test_the_papers_numbers_keep_their_decimals_and_stand_under_their_own_set():
         + measured("SAM", [60.0], table="table5_foundation")
         + measured("SAM", [60.0], "pascal1037", "table5_foundation")
     )))  # fmt: skip
-    text, _ = next(iter(rivals.parts.values()))
+    text = next(iter(rivals.parts.values()))
     assert [g for g, _ in text if g.startswith("paper")] == ["paper (iCoseg)"] * 2  # one pair
     assert cell(rivals, "SAM", "paper (iCoseg)", "J") == "35.30"
 
@@ -104,16 +104,16 @@ def test_table_1_has_the_paper_beside_each_set_for_its_kind_of_training():
 
 def test_quoted_rows_hold_every_number_of_the_papers_table_1_and_measure_nothing():
     rows, paper = quoted_rows(LITE), tables.paper_table("table1_main")
-    for m in "PJ":
-        printed = sorted(v for on in tables.PAPER_SETS.values() for v in paper[f"{on}_{m}"] if v)
-        assert sorted(rows[f"paper_{m}"].dropna()) == printed
+    for m in ("paper_P", "paper_J"):
+        assert sorted(rows[m].dropna()) == sorted(v for v in paper[m] if v)
+    assert len(rows) == len(paper) == 54 and (rows["test_set"] == rows["paper_test_set"]).all()
     assert rows["J"].isna().all() and set(rows["status"]) == {QUOTED}
     index = ("row", "train_set", "uses_class_labels")
     table = Table("table1_main", rows, index=index)
-    assert list(table.parts) == ["Printed in the paper"]
+    assert list(table.parts) == ["protocol as printed in the paper"]
     assert cell(table, "Su et al. 2023 (UFO)", "", "class labels") == "yes"
-    assert cell(table, "Chen et al. 2018", "Internet", "J") == "73.1"
-    assert cell(table, "Zhang et al. 2020b (SSNM)", "Internet", "J") == "74.1"
+    assert cell(table, "Chen et al. 2018", "paper (Internet)", "J") == "73.1"
+    assert cell(table, "Zhang et al. 2020b (SSNM)", "paper (Internet)", "J") == "74.1"
     assert any("SSNM's J of 74.1" in note and "71.2" in note for note in table.all_notes())
 
 
@@ -143,11 +143,8 @@ class FakeRun:
         self.experiment, self.path = experiment, Path(f"runs/{experiment.run_name}")
         self.record = {"training": {}, "experiment": experiment.model_dump(mode="json")}
 
-    def overlap(self, test):
-        return int(test == ["seen"])
-
-    def holdout_overlap(self, test):
-        return 2
+    def overlap(self, test, kind="train"):
+        return int(test == ["seen"]) if kind == "train" else 2
 
     def evaluate(self, test, protocols, size, k=None):
         self.asked.append((self.experiment.seed, test, tuple(protocols), size, k))
@@ -182,7 +179,7 @@ def test_collect_gives_a_row_for_each_model_seed_test_size_and_protocol(fake):
     assert set(done["paper_J"]) == {"91.67", "91.74"} and set(done["paper_test_set"]) == {"icoseg8"}
     told = rows.groupby("test_set")["status"].unique().map(list)
     assert told["icoseg8"] == ["not run: data not found (icoseg8)"]
-    assert told["seen"] == ["not run: trained on 1 of its 1 pictures"]
+    assert told["seen"] == ["not run: trained on 1 of its 1 pictures (seen)"]
     assert all(k == 1 and test == ["a", "b"] for _, test, _, _, k in FakeRun.asked)
     assert {size for *_, size, _ in FakeRun.asked} == {2, 5}
 
@@ -211,28 +208,34 @@ def test_collect_takes_rivals_as_they_are(fake):
 
 
 # ---------------------------------------------------------------------------- what the numbers say
-def test_effects_of_the_components_at_embedded():
-    J = {"Baseline": 31.563, "ISFC": 43.1686, "CLIP inter.": 39.2993, "CLIP reg.": 51.6437,
-         "ISFC + CLIP inter.": 44.4805, "ISFC + CLIP reg.": 50.6056,
-         "CLIP inter. + CLIP reg.": 50.749, "ISFC + CLIP inter. + CLIP reg.": 49.8023}  # fmt: skip
-    factors = ["ISFC", "CLIP inter.", "CLIP reg."]
-    rows = [{f: f in name.split(" + ") for f in factors} | {"J": j} for name, j in J.items()]
-    cells = {"test_set": "glyphworld_test", "protocol": "ufo", "seed": 0, "status": MEASURED}
-    got = effects(pd.DataFrame([r | cells for r in rows]), factors).set_index("effect")["mean"]
-    assert got[factors].round(1).tolist() == [10.0, 6.1, 18.5]
-    assert got["ISFC × CLIP reg."].round(1) == -9.4
+@pytest.fixture
+def effects():
+    """The function that notebook 02 defines in a cell."""
+    modules = {"isfc": "ISFC", "clip_interaction": "inter.", "clip_regularization": "reg."}
+    notebook = nbformat.read(ROOT / "notebooks" / "02_component_ablation.ipynb", 4)
+    known = {"MODULES": modules, "np": np, "pd": pd}
+    exec(next(c.source for c in notebook.cells if "def effects" in c.source), known)
+    return known["effects"]
 
 
-def test_effects_recover_a_model_that_is_known_and_spread_over_seeds():
+def test_effects_of_the_modules_on_the_papers_table_2(effects):
+    rows = tables.paper_table("table2_components")
+    rows = rows.assign(J=rows["paper_J"].astype(float), test_set="iCoseg", protocol="", seed=0)
+    got = effects(rows).set_index("effect")["J"].round(1).to_dict()
+    assert got == {"ISFC": 1.3, "inter.": 3.0, "reg.": 2.8, "ISFC × inter.": -0.4,
+                   "ISFC × reg.": -0.5, "inter. × reg.": -1.7}  # fmt: skip
+
+
+def test_effects_recover_a_model_that_is_known_for_each_seed(effects):
     rows = []
-    for seed, isfc, reg in [(s, i, r) for s in (0, 1) for i in (0, 1) for r in (0, 1)]:
-        J = 30 + (10 + seed) * isfc + 4 * reg - 6 * isfc * reg
-        cells = {"test_set": "x", "protocol": "ufo", "seed": seed, "status": MEASURED}
-        rows.append(cells | {"isfc": bool(isfc), "reg": bool(reg), "J": J})
+    for seed, (a, b, c) in product((0, 1), product((0, 1), repeat=3)):
+        J = 30 + (10 + seed) * a + 4 * c - 6 * a * c
+        cells = {"test_set": "x", "protocol": "ufo", "seed": seed, "J": J}
+        rows.append(cells | {"isfc": bool(a), "clip_interaction": b, "clip_regularization": c})
     rows += [{**rows[0], "seed": 5}]  # a seed with one model says nothing
-    got = effects(pd.DataFrame(rows), ["isfc", "reg"]).set_index("effect")
-    assert got["mean"].round(6).to_dict() == {"isfc": 10.5, "reg": 4.0, "isfc × reg": -6.0}
-    assert got["seeds"].tolist() == [2, 2, 2] and got.loc["isfc", "sd"] == pytest.approx(0.5**0.5)
+    got = effects(pd.DataFrame(rows)).pivot_table("J", "effect", "seed").round(6)
+    assert got.loc["ISFC"].to_dict() == {0: 10, 1: 11} and (got.loc["ISFC × reg."] == -6).all()
+    assert (got.loc["inter."] == 0).all() and (got.loc["reg."] == 4).all()
 
 
 def test_paired_differences_are_taken_seed_by_seed_beside_the_papers():
@@ -279,11 +282,12 @@ def test_bold_is_beyond_the_spread_over_seeds(lcco, baseline, bold):
 
 def test_what_was_not_run_shrinks_to_a_dash_with_one_footnote():
     table = main()
-    text, _ = next(iter(table.parts.values()))
+    text = next(iter(table.parts.values()))
     assert [value for group, value in text if group == "Internet"] == ["P"]  # one column, not two
-    assert cell(table, "LCCo", "Internet", "P") == cell(table, "Baseline", "iCoseg", "P") == "–¹"
-    assert table.all_notes()[0] == "¹ Not run: data not found (internet300, icoseg8)."
-    assert sum(note[0] in "¹²³" for note in table.all_notes()) == 1
+    assert cell(table, "LCCo", "Internet", "P") == cell(table, "Baseline", "iCoseg", "P") == "–"
+    said = "– not run: data not found (internet300); data not found (icoseg8)."
+    assert table.all_notes()[0] == said
+    assert sum(note[0] == "–" for note in table.all_notes()) == 1
 
 
 def test_ticks_for_modules_and_mathematics_for_losses():
@@ -321,17 +325,14 @@ def test_notes_say_how_models_were_trained():
     clean = notes_with({})
     assert "Trained" not in clean and "clean test" not in clean
     assert "mean ± standard deviation over 3 seeds" in clean and "scored: MSRC7 208" in clean
-    assert "from an edited checkout: LCCo (seed 1)." in notes_with({"LCCo-1": record(dirty=True)})
+    assert "from an edited checkout: LCCo." in notes_with({"LCCo-1": record(dirty=True)})
     for unknown in ({"commit": None, "dirty": None}, {"commit": "b38786b"}):
         text = notes_with({"LCCo-1": record(**unknown), "LCCo-0": record(**unknown)})
-        assert "from an unknown commit: LCCo (seed 0, 1)." in text
-    assert "on H100, unlike the others: Baseline (seed 2)." in notes_with(
-        {"Baseline-2": record(device="H100")}
-    )
+        assert "from an unknown commit: LCCo." in text
     old = {f"{m}-{s}": record(version=1) for m in ("LCCo", "Baseline") for s in range(3)}
     assert "by older training code: all." in notes_with(old)
     del old["LCCo-0"]
-    assert "by older training code: LCCo (seed 1, 2), Baseline (seed 0, 1, 2)." in notes_with(old)
+    assert "by older training code: LCCo, Baseline." in notes_with(old)
 
 
 def test_notes_say_whose_pictures_chose_the_weights():
@@ -341,9 +342,14 @@ def test_notes_say_whose_pictures_chose_the_weights():
     assert any("MSRC7 was not trained on, but" in n for n in Table("t", rows).all_notes())
 
 
-def test_slips_in_print_stand_where_their_set_is_shown():
+def test_counts_of_images_that_differ_are_a_range():
+    rows = measured("LCCo", [60.0]) + measured("LCCo", [50.0], protocol="choice", images=90)
+    assert "scored: MSRC7 90–208." in "\n".join(Table("t", pd.DataFrame(rows)).all_notes())
+
+
+def test_slips_in_print_stand_below():
     text = main().markdown()
-    assert "mixes protocols" in text and "ten images a class" in text and "VOC 2010" not in text
+    assert "mixes protocols" in text and "ten images a class" in text and "VOC 2010" in text
 
 
 # ------------------------------------------------------------------------------------------- files
@@ -351,25 +357,6 @@ def runs_of(table: Table) -> list:
     return [
         SimpleNamespace(path=Path(n), record=record()) for n in table.rows["run"].dropna().unique()
     ]
-
-
-def test_a_written_table_is_read_again_the_same(tmp_path: Path):
-    table = main(index=("row", "train_set"))
-    table.rows = pd.concat([table.rows, quoted_rows(LITE)], ignore_index=True)
-    table = Table(table.name, table.rows, title="Table 1", index=("row", "train_set"))
-    table.write(tmp_path, runs_of(table))
-    again = read_table(tmp_path / "table1_main.csv")
-    assert again.runs == table.runs and len(again.runs) == 6
-    for kind in ("markdown", "latex", "_repr_html_"):
-        assert re.sub(r"T_\w+", "", getattr(again, kind)()) == re.sub(
-            r"T_\w+", "", getattr(table, kind)()
-        )
-    assert (tmp_path / "table1_main.md").read_text(encoding="utf-8") == table.markdown()
-    header = (tmp_path / "table1_main.csv").read_text().splitlines()[0].split(",")
-    assert tuple(header[: len(ROW_FIELDS)]) == ROW_FIELDS
-    (tmp_path / "table1_main.records.json").unlink()
-    with pytest.raises(LCCoError, match=r"table1_main.csv: not a written table"):
-        read_table(tmp_path / "table1_main.csv")
 
 
 def test_a_measured_table_is_not_replaced_by_one_that_measured_nothing(tmp_path: Path, capsys):
@@ -381,21 +368,7 @@ def test_a_measured_table_is_not_replaced_by_one_that_measured_nothing(tmp_path:
     assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
     assert "kept; here nothing was measured (not run: data not found" in capsys.readouterr().out
     nothing.write(tmp_path / "new", ())
-    assert "–¹" in (tmp_path / "new" / "table1_main.md").read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize(
-    "folder", sorted(p.parent for p in (ROOT / "results").glob("*/table1_main.csv"))
-)
-def test_every_committed_table_can_be_read_and_shown(folder: Path):
-    for table in tables._written(folder):
-        text = table.markdown()
-        assert text.count("\n|") > 2 and text.startswith(f"# {table.title}\n")
-        done = table.rows[table.rows["status"] == MEASURED]
-        assert set(done["run"].dropna()) <= set(table.runs)  # costs and classes name none
-        assert set(table.rows["profile"]) == {folder.name}
-        others = table.rows["status"].drop(done.index)
-        assert others.str.startswith("not run: ").all()
+    assert "– |" in (tmp_path / "new" / "table1_main.md").read_text(encoding="utf-8")
 
 
 def test_latex_is_whole_and_every_line_has_its_columns():
@@ -433,44 +406,6 @@ def test_markdown_keeps_its_columns_when_a_name_holds_a_bar():
     rows = pd.DataFrame(measured("a|b", [60.0]))
     lines = [x for x in Table("t", rows).markdown().splitlines() if x.startswith("|")]
     assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
-    assert "<b>x" not in Table("t", rows.replace({"row": {"a|b": "<b>x"}}))._repr_html_()
-
-
-# ------------------------------------------------------------------------------------------- pages
-def test_pages_of_results(tmp_path: Path):
-    folder = tmp_path / "lite"
-    table = main(index=("row",))
-    table.write(folder, runs_of(table))
-    rows = measured("SAM", [60.0], table="table5_foundation")
-    Table("table5_foundation", with_paper(pd.DataFrame(rows)), title="Table 5").write(
-        folder, [SimpleNamespace(path=Path("SAM-0"), record={"rival": "SAM"})]
-    )
-    records = folder / "table1_main.records.json"
-    records.write_text(records.read_text().replace('"seconds": 60.0', '"seconds": 0', 1))
-    (folder / "notebooks").mkdir()
-    (folder / "notebooks" / "01_main_results.ipynb").write_text("{}")
-    text = tables.results_readme(folder).read_text(encoding="utf-8")
-    headline = "LCCo against its Baseline, in points of J: +10.5 on MSRC7."
-    about = load_profile("lite").about.strip()
-    assert text.startswith(f"# Results at profile `lite`\n\n{headline}\n\n{about}\n\n")
-    assert "[01_main_results](notebooks/01_main_results.ipynb)" in text
-    assert "6 on cpu; 5 min 00 s in all; of 1 the time was not recorded." in text
-    assert text.index("## Table 1") < text.index("## Table 5") < text.index("## Made on")
-    assert "**61.0 ± 1.0**" in text and "Not run: data not found (internet300, icoseg8)." in text
-    assert "[csv](table1_main.csv), [tex](table1_main.tex)" in text and "\n\n\n" not in text
-
-
-def test_the_index_shows_profiles_beside_each_other_and_the_paper(tmp_path: Path):
-    for profile, J in (("lite", 60.0), ("embedded", 40.0)):
-        rows = pd.DataFrame(measured("SAM", [J], table="table5_foundation"))
-        rows = with_paper(rows.assign(profile=profile))
-        table = Table("table5_foundation", rows, title="Table 5")
-        table.write(tmp_path / profile, runs_of(table))
-    text = tables.results_index(tmp_path).read_text(encoding="utf-8")
-    assert "## Table 5" in text and load_profile("lite").about.strip() in text
-    assert all(head in text for head in ("embedded, MSRC7 J", "lite, MSRC7 J", "paper (iCoseg) J"))
-    line = next(line for line in text.splitlines() if line.startswith("| SAM"))
-    assert re.findall(r"[\d.]+", line) == ["40.0", "60.0", "69.17", "35.30"]
 
 
 def test_what_the_paper_says_of_more_images_stands_below():

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.timeout(600)
 def environment(base: Path) -> dict[str, str]:
     keep = {k: v for k, v in os.environ.items() if k not in ("LCCO_DATA", "LCCO_CALLER")}
     stores = {"LCCO_RUNS": str(base / "runs"), "LCCO_CACHE": str(base / "cache")}
-    return keep | stores | {"PYTHONPATH": str(ROOT), "LCCO_OFFLINE": "1"}
+    return keep | stores | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
 
 
 def snakemake(base: Path, *words: str) -> subprocess.CompletedProcess:

@@ -9,10 +9,6 @@ import drawn
 import torch
 
 from lcco.config import Experiment
-from lcco.experiment.features import Features, make_features
-from lcco.experiment.runs import training_data
-from lcco.experiment.train import Trainer
-from lcco.semantics import make_vocabulary
 
 CLIP = {
     "model_config": {
@@ -43,13 +39,6 @@ def experiment(tmp: Path, **changes) -> Experiment:
         "train.ema": 0.9, "train.clip": 1.0, "train.schedule": "cosine", "train.warmup": 2,
         **changes,
     })  # fmt: skip
-
-
-def trainer(e: Experiment, folder: Path, features: Features | None = None) -> Trainer:
-    """A trainer with frozen parts of its own."""
-    features = features or make_features(e, "cpu")
-    vocabulary = make_vocabulary(features.tower, e.tower)
-    return Trainer(e, folder, features, vocabulary, *training_data(e))
 
 
 def weights(folder: Path, name: str = "last") -> dict[str, torch.Tensor]:

@@ -168,8 +168,9 @@ def notebook(source: Path, out: Path, log: Path, given: Mapping[str, Any]) -> No
 
 def report(profile: Profile, folder: Path, logs: Path) -> None:
     """Write the results folder's README.md, the index above it, and the seconds of every job."""
+    from report import results_index, results_readme
+
     from lcco.experiment.runs import environment
-    from lcco.experiment.tables import results_index, results_readme
 
     write_json(folder / "seconds.json", {"machine": environment(), "seconds": recorded(logs)})
     results_readme(folder)

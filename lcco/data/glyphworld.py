@@ -1,19 +1,20 @@
 """GlyphWorld, the embedded data set: pictographs drawn on the fly, with exact masks.
 
-Objects are symbols of DejaVu Sans (the font inside matplotlib), filled, textured, turned, scaled
-and partly occluded, on a textured background. A picture of a training or test fold holds two or
-three objects of different classes drawn by the same rules, so one picture alone does not tell
-which class is common; only its set does.
+Objects are symbols of DejaVu Sans (the font inside matplotlib), textured, turned, scaled and partly
+occluded. Most pictures hold objects of two or three classes: only a set tells which one it shares.
 """
 
 from __future__ import annotations
 
-import functools
-import itertools
-from collections import defaultdict
+import colorsys
 from collections.abc import Collection, Iterator, Sequence
+from functools import cache, lru_cache
+from itertools import permutations
+from pathlib import Path
 
 import numpy as np
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import TextPath
 from PIL import Image, ImageDraw
 
 from lcco.common import LCCoError, digest
@@ -21,20 +22,11 @@ from lcco.data.sets import CoSegData
 
 VERSION = 1  # counts up whenever the same seed would draw something else
 
-# name → symbol. The last 12 are for testing: no picture of a training fold holds one.
-CLASSES: dict[str, str] = {
-    "sun": "☀", "cloud": "☁", "star": "★", "snowman": "☃", "shamrock": "☘", "pointing hand": "☛",
-    "radiation sign": "☢", "yin yang": "☯", "ship wheel": "☸", "smiling face": "☺",
-    "chess king": "♔", "chess rook": "♜", "chess pawn": "♟", "spade": "♠", "music note": "♬",
-    "recycling sign": "♻", "die": "⚄", "hammers": "⚒", "scales": "⚖", "urn": "⚱", "scissors": "✂",
-    "envelope": "✉", "pencil": "✎", "snowflake": "❄", "house": "⌂", "monkey": "🐵", "arrow": "⬅",
-    "lightning": "⚡",
-    "umbrella": "☂", "telephone": "☎", "teacup": "☕", "skull": "☠", "chess knight": "♞",
-    "heart": "♥", "flag": "⚑", "anchor": "⚓", "gear": "⚙", "airplane": "✈", "flower": "✿",
-    "cat": "🐱",
-}  # fmt: skip
-TRAIN_CLASSES: tuple[str, ...] = tuple(CLASSES)[:28]
-TEST_CLASSES: tuple[str, ...] = tuple(CLASSES)[28:]
+# The symbols of the names in vocab/glyphs.txt. No picture of a training fold holds a test class.
+_TRAIN, _TEST = "☀☁★☃☘☛☢☯☸☺♔♜♟♠♬♻⚄⚒⚖⚱✂✉✎❄⌂🐵⬅⚡", "☂☎☕☠♞♥⚑⚓⚙✈✿🐱"
+_NAMES = (Path(__file__).parents[1] / "vocab/glyphs.txt").read_text(encoding="utf-8").splitlines()
+CLASSES: dict[str, str] = dict(zip(_NAMES, _TRAIN + _TEST, strict=True))  # name → symbol
+TRAIN_CLASSES, TEST_CLASSES = tuple(_NAMES[: len(_TRAIN)]), tuple(_NAMES[len(_TRAIN) :])
 _LABELS = {name: n for n, name in enumerate(CLASSES, 1)}
 _LINE_ART = frozenset({  # the outline is filled and the lines stand on it, darker
     "snowman", "smiling face", "chess king", "die", "envelope", "pencil", "house", "monkey",
@@ -46,36 +38,27 @@ _OPEN = frozenset({  # one sees the background through the holes; those of other
 })  # fmt: skip
 _GREY = (0.299, 0.587, 0.114)
 _TRIES = 40  # of a colour and of a layout
+_Scene = tuple[str, tuple[str, ...], tuple[str, ...]]  # key, classes, groups
 _COUNTS = {"pretrain": 4000, "train": 3000, "holdout": 300, "test": 25, "choice": 264}
-_FOLDS = tuple(_COUNTS)
 _GRID = 2  # objects are rasterised this many times finer and averaged down, for smooth edges
 
 
-@functools.cache
-def _contours(name: str) -> tuple[tuple[np.ndarray, bool], ...]:
+@cache
+def _contours(name: str) -> list[tuple[np.ndarray, bool]]:
     """A symbol's contours, largest first, in a centred box of longest side 1 (y down).
 
-    Returns: (points [n, 2], whether the contour adds ink) of each.
+    Each is its points [n, 2], and whether it adds ink.
     """
-    from matplotlib.font_manager import FontProperties
-    from matplotlib.textpath import TextPath
-
     path = TextPath((0, 0), CLASSES[name], size=100, prop=FontProperties(family="DejaVu Sans"))
     polygons = [np.asarray(p) for p in path.to_polygons(closed_only=True)]
     areas = [float(np.sum(p[:-1, 0] * p[1:, 1] - p[1:, 0] * p[:-1, 1]) / 2) for p in polygons]
     found = sorted(zip(areas, polygons, strict=True), key=lambda pair: -abs(pair[0]))
-    outer = found[0][0]  # a font turns inner contours the other way round
-    if name == "snowman":  # the flakes around it are weather, not snowman
-        big = [p for a, p in found if abs(a) > 0.15 * abs(outer)]
-        spots = [(p.mean(0), 0.62 * np.ptp(p, 0).max()) for p in big]
-        found = [
-            (a, p) for a, p in found
-            if any(np.linalg.norm(p.mean(0) - middle) < r for middle, r in spots)
-        ]  # fmt: skip
+    found = found[:17] if name == "snowman" else found  # without the snow flakes around it
     points = np.concatenate([p for _, p in found])
     low, high = points.min(0), points.max(0)
     middle, side = (low + high) / 2, (high - low).max()
-    return tuple(((p - middle) / side * (1, -1), a * outer > 0) for a, p in found)
+    outer = found[0][0]  # a font turns inner contours the other way round
+    return [((p - middle) / side * (1, -1), a * outer > 0) for a, p in found]
 
 
 def _raster(name: str, extent: float, angle: float) -> tuple[np.ndarray, np.ndarray]:
@@ -100,7 +83,7 @@ def _raster(name: str, extent: float, angle: float) -> tuple[np.ndarray, np.ndar
     return cover, (1 - lines if name in _LINE_ART else lines)
 
 
-@functools.cache
+@cache
 def _scale(name: str) -> float:
     """How much larger a thin or flat symbol is drawn, so that classes cover similar areas."""
     cover, _ = _raster(name, 64.0, 0.0)
@@ -115,14 +98,9 @@ def _window(corner: np.ndarray, side: int, size: int) -> tuple[tuple[slice, ...]
     return (place[1], place[0]), (part[1], part[0])
 
 
-@functools.lru_cache(maxsize=128)
-def _grid(side: int) -> np.ndarray:
-    return np.mgrid[:side, :side].astype(np.float32)
-
-
 def _texture(rng: np.random.Generator, side: int, size: int, depth: float) -> np.ndarray:
     """A pattern [side, side, 1] around 1: stripes, checks, dots, blotches or a slope."""
-    y, x = _grid(side) / size
+    y, x = np.mgrid[:side, :side].astype(np.float32) / size
     kind, angle, period = rng.integers(5), rng.uniform(0, np.pi), rng.uniform(0.05, 0.16)
     u = (x * np.cos(angle) + y * np.sin(angle)) / period
     v = (y * np.cos(angle) - x * np.sin(angle)) / period
@@ -146,41 +124,37 @@ def _colour(
     rng: np.random.Generator, away: Sequence[np.ndarray], distance: float, saturation: tuple
 ) -> np.ndarray:
     """An RGB colour in 0..1, if it can be at least `distance` from those of `away`."""
-    import colorsys
-
-    best, best_gap = np.zeros(3), -1.0
+    tried = []
     for _ in range(_TRIES):
         hsv = rng.random(), rng.uniform(*saturation), rng.uniform(0.15, 1)
         rgb = np.array(colorsys.hsv_to_rgb(*hsv))
         gaps = [float(np.linalg.norm(rgb - c)) * (1.6 if n else 1) for n, c in enumerate(away)]
         # equally bright colours are hard to tell apart, whatever their hue
-        gap = min([*gaps, *(2.2 * abs(float((rgb - c) @ _GREY)) for c in away[:1])], default=9)
-        if gap > best_gap:
-            best, best_gap = rgb, gap
-        if best_gap >= distance:
+        gaps += [2.2 * abs(float((rgb - c) @ _GREY)) for c in away[:1]]
+        tried.append((min(gaps, default=9), rgb))
+        if tried[-1][0] >= distance:
             break
-    return best
+    return max(tried, key=lambda one: one[0])[1]
 
 
 def _layout(
     rng: np.random.Generator, patches: list[np.ndarray], extents: list[float], size: int
 ) -> list[np.ndarray]:
     """Each patch's upper left corner: of 40 layouts the first that leaves 80% of each visible."""
-    best, corners = -1.0, []
+    tried = []
     for _ in range(_TRIES):
-        hidden, shares, tried = np.zeros((size, size), np.float32), [], []
+        hidden, shares, corners = np.zeros((size, size), np.float32), [], []
         for patch, extent in zip(patches[::-1], extents[::-1], strict=True):  # the last lies on top
             margin = min(0.44 * extent, size / 2)
             middle = rng.uniform(margin, size - margin, 2)
-            tried.append(np.round(middle - len(patch) / 2).astype(int))
-            there, part = _window(tried[-1], len(patch), size)
+            corners.append(np.round(middle - len(patch) / 2).astype(int))
+            there, part = _window(corners[-1], len(patch), size)
             shares.append(float((patch[part] * (1 - hidden[there])).sum() / patch.sum()))
             hidden[there] = np.maximum(hidden[there], patch[part])
-        if (least := min(shares, default=1.0)) > best:
-            best, corners = least, tried[::-1]
-        if best >= 0.8:
+        tried.append((min(shares, default=1.0), corners[::-1]))
+        if tried[-1][0] >= 0.8:
             break
-    return corners
+    return max(tried, key=lambda one: one[0])[1]
 
 
 def draw(
@@ -189,12 +163,10 @@ def draw(
     """Draw a scene of the named objects: an RGB picture and its label map, uint8 [size, size].
 
     A label is the class's place in `CLASSES` plus 1; 0 is background. Equal arguments draw equal
-    pixels.
-    Raises: LCCoError for a name that is not in `CLASSES`.
+    pixels. Raises: LCCoError for a name that is not in `CLASSES`.
     """
-    for name in names:
-        if name not in CLASSES:
-            raise LCCoError(f"GlyphWorld has no class `{name}`; it has {', '.join(CLASSES)}")
+    if unknown := [name for name in names if name not in CLASSES]:
+        raise LCCoError(f"GlyphWorld has no class `{unknown[0]}`; it has {', '.join(CLASSES)}")
     rng = np.random.default_rng((VERSION, *np.atleast_1d(seed).tolist()))
     ground = _colour(rng, [], 0, (0.0, 0.55))
     picture = np.clip(ground * _texture(rng, size, size, rng.uniform(0.03, 0.12)), 0, 1)
@@ -217,34 +189,26 @@ def draw(
     return Image.fromarray((picture * 255 + 0.5).astype(np.uint8)), labels
 
 
-_Scene = tuple[str, tuple[str, ...], tuple[str, ...]]  # key, classes, groups
-
-
 class GlyphWorld(CoSegData):
     """Scenes described by the classes they hold and a seed, drawn when asked for; masks are exact.
 
-    `scenes`: one tuple of class names a picture. `groups`: class → items, as every set has it.
+    found: of each picture its key, its classes (`scenes`), and in which of their groups it is.
     """
 
     def __init__(self, fold: str, found: Sequence[_Scene], size: int) -> None:
-        groups: dict[str, list[int]] = defaultdict(list)
-        for i, (_, _, own) in enumerate(found):
-            for c in own:
-                groups[c].append(i)
-        super().__init__(f"glyphworld_{fold}", "glyphworld", [key for key, _, _ in found], groups)
-        self.scenes, self.size, self._seed = [s for _, s, _ in found], size, _FOLDS.index(fold)
-        self._drawn = functools.lru_cache(maxsize=512)(self._draw)  # 32 MB at 128 px
-        self._map = functools.cache(lambda i: self._drawn(i)[1])  # small: 48 MB for 3,000
-
-    def _draw(self, i: int) -> tuple[Image.Image, np.ndarray]:
-        return draw(self.scenes[i], (self._seed, i), self.size)
+        keys, self.scenes, own = zip(*found, strict=True)
+        groups = {c: [i for i, classes in enumerate(own) if c in classes] for c in CLASSES}
+        groups = {c: items for c, items in groups.items() if items}
+        super().__init__(f"glyphworld_{fold}", "glyphworld", keys, groups)
+        self.size, self._seed = size, list(_COUNTS).index(fold)
+        self._drawn = lru_cache(512)(lambda i: draw(self.scenes[i], (self._seed, i), size))
 
     def image(self, i: int) -> Image.Image:
         return self._drawn(i)[0].copy()
 
     def labels(self, i: int) -> np.ndarray:
         """The label map of picture i, uint8 [size, size], as `draw` gives it."""
-        return self._map(i)
+        return self._drawn(i)[1]
 
     def mask(self, i: int, classes: Collection[str]) -> np.ndarray:
         return np.isin(self.labels(i), [_LABELS.get(c, -1) for c in classes]).astype(np.uint8)
@@ -256,9 +220,9 @@ class GlyphWorld(CoSegData):
         return digest([VERSION, self._seed, i, self.size, self.scenes[i]], 16)
 
 
-@functools.lru_cache(maxsize=8)  # with the pictures that were drawn
+@lru_cache(maxsize=8)  # with the pictures that were drawn
 def glyphworld(fold: str, n: int | None = None, size: int = 128) -> CoSegData:
-    """One fold of GlyphWorld: pretrain, train, holdout, test or choice; always the same pictures.
+    """One fold of GlyphWorld; always the same pictures.
 
     `pretrain`: 4,000 scenes of one to three objects of any class. `train` (3,000) and `holdout`
     (300): two or three objects of the training classes; a picture is in the groups of all of them.
@@ -268,13 +232,12 @@ def glyphworld(fold: str, n: int | None = None, size: int = 128) -> CoSegData:
     n: number of pictures (`test`: for each class). size: side in pixels; the same scene at any.
     Raises: LCCoError for an unknown fold, or for n below 1.
     """
-    if fold not in _FOLDS:
-        raise LCCoError(f"GlyphWorld has no fold `{fold}`; it has {', '.join(_FOLDS)}")
+    if fold not in _COUNTS:
+        raise LCCoError(f"GlyphWorld has no fold `{fold}`; it has {', '.join(_COUNTS)}")
     if n is not None and n < 1:
         raise LCCoError(f"glyphworld_{fold}: {n} pictures; give 1 or more")
-    rng = np.random.default_rng((VERSION, 1000 + _FOLDS.index(fold)))
-    n = n or _COUNTS[fold]
-    found = _test_scenes(rng, n) if fold == "test" else _scenes(rng, fold, n)
+    rng = np.random.default_rng((VERSION, 1000 + list(_COUNTS).index(fold)))
+    found = (_test_scenes if fold == "test" else _scenes)(rng, fold, n or _COUNTS[fold])
     return GlyphWorld(fold, list(found), size)
 
 
@@ -282,7 +245,7 @@ def _pick(rng: np.random.Generator, among: Sequence, count: int) -> tuple:
     return tuple(among[j] for j in rng.permutation(len(among))[:count])
 
 
-def _test_scenes(rng: np.random.Generator, n: int) -> Iterator[_Scene]:
+def _test_scenes(rng: np.random.Generator, fold: str, n: int) -> Iterator[_Scene]:
     for k, c in enumerate(TEST_CLASSES):
         others = [o for o in TEST_CLASSES if o != c]
         for j in range(n):
@@ -294,7 +257,7 @@ def _test_scenes(rng: np.random.Generator, n: int) -> Iterator[_Scene]:
 
 def _scenes(rng: np.random.Generator, fold: str, n: int) -> Iterator[_Scene]:
     pool = {"pretrain": tuple(CLASSES), "choice": TEST_CLASSES}.get(fold, TRAIN_CLASSES)
-    pairs = list(itertools.permutations(pool, 2))
+    pairs = list(permutations(pool, 2))
     for j in range(n):
         if fold == "choice":
             names = pairs[j] if j < len(pairs) else _pick(rng, pairs, 1)[0]

@@ -6,37 +6,33 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lcco.common import LCCoError, Missing, place
-from lcco.data import sets
-from lcco.data.coco import COCO_MIN_AREA, COCO_MIN_IMAGES, COCOData
+from lcco.data.coco import COCOData
 from lcco.data.overlap import overlap
-from lcco.data.pictures import bad, same_name
-from lcco.data.sets import CoSegData, FolderData, VOCData
+from lcco.data.pictures import bad
+from lcco.data.sets import SIDES, CoSegData, FolderData, View, VOCData, read_lines
 
 MSRC7 = ("bird", "car", "cat", "cow", "dog", "plane", "sheep")
 ICOSEG8 = ("bear2", "brownbear", "cheetah", "elephant", "helicopter", "hotballoon", "panda1",
            "panda2")  # fmt: skip
-INTERNET3 = ("airplane", "car", "horse")
-_VOC_HOMES = ("VOCdevkit/VOC2012", "VOC2012", ".")
-_COCO_HOMES = ("coco", "COCO", "coco2017", "COCO2017", ".")
-_INTERNET_HOMES = ("Internet_Datasets300", "Internet300", "Internet", "Internet/Data")
-_FOLDERS = ("folders", "rubinstein", "icoseg")
-# name → where it may be, its layouts, and its lists (VOC) or groups
-_SETS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...] | None]] = {
-    "voc_train": (_VOC_HOMES, ("voc",), ("train",)),
-    "voc_val": (_VOC_HOMES, ("voc",), ("val",)),
-    "voc_trainval": (_VOC_HOMES, ("voc",), ("train", "val")),
-    "voc_trainaug": (_VOC_HOMES, ("voc",), ("trainaug",)),
-    "coco_voc20": (("COCO_VOC20",), ("voc",), ("train",)),
-    "voc_more": (("VOC_MORE",), ("voc",), ("train",)),
-    "msrc7": (("MSRC7", "MSRC"), _FOLDERS, MSRC7),
-    "msrc14": (("MSRC",), _FOLDERS, None),
-    "icoseg8": (("iCoseg8", "iCoseg"), _FOLDERS, ICOSEG8),
-    "icoseg38": (("iCoseg",), _FOLDERS, None),
-    "internet300": (_INTERNET_HOMES, _FOLDERS, INTERNET3),
-    "pascal1037": (("PASCAL_VOC",), _FOLDERS, None),
-    "pascal_fold_train": (("PASCAL_VOC",), _FOLDERS, None),
-    "pascal_fold_test": (("PASCAL_VOC",), _FOLDERS, None),
-    "coco_seg": (_COCO_HOMES, ("coco",), None),
+_VOC = ["VOCdevkit/VOC2012", "VOC2012"]
+_INTERNET = ["Internet_Datasets300", "Internet300", "Internet", "Internet/Data"]
+# name → the folders where it may be, and its lists (VOC) or groups if not all
+_SETS: dict[str, tuple[Sequence[str], Sequence[str]]] = {
+    "voc_train": (_VOC, ["train"]),
+    "voc_val": (_VOC, ["val"]),
+    "voc_trainval": (_VOC, ["train", "val"]),
+    "voc_trainaug": (_VOC, ["trainaug"]),
+    "coco_voc20": (["COCO_VOC20"], ["train"]),
+    "voc_more": (["VOC_MORE"], ["train"]),
+    "msrc7": (["MSRC7", "MSRC"], MSRC7),
+    "msrc14": (["MSRC"], []),
+    "icoseg8": (["iCoseg8", "iCoseg"], ICOSEG8),
+    "icoseg38": (["iCoseg"], []),
+    "internet300": (_INTERNET, ["airplane", "car", "horse"]),
+    "pascal1037": (["PASCAL_VOC"], []),
+    "pascal_fold_train": (["PASCAL_VOC"], []),
+    "pascal_fold_test": (["PASCAL_VOC"], []),
+    "coco_seg": (["coco", "COCO", "coco2017", "COCO2017"], []),
 }
 _DRAWN = tuple(f"glyphworld_{f}" for f in ("pretrain", "train", "holdout", "test", "choice"))
 
@@ -54,15 +50,14 @@ def load_data(
 
     names: several are joined; a class that several have becomes one group. counts: how many
     pictures a drawn set has (of each class, for the test fold). without: sets whose pictures are
-    left out, by content or look.
-    Raises: Missing for a known set that is not there. LCCoError for anything else.
+    left out, by look. Raises: Missing for a known set that is not there, else LCCoError.
     """
     words, counts = [names] if isinstance(names, str) else list(names), counts or {}
     if not words or not all(word.strip() for word in words):
-        known = ", ".join(known_sets())
-        raise LCCoError(f"no data set is named; give a folder, or one of {known}")
+        raise LCCoError(f"no data set is named; give a folder or one of {', '.join(known_sets())}")
     parts = [_load(word, counts.get(word)) for word in words]
-    data = parts[0] if len(parts) == 1 else sets.joined(parts, "+".join(words))
+    items = [(part, i) for part in parts for i in range(len(part))]
+    data = parts[0] if len(parts) == 1 else View("+".join(words), items)
     others = [_load(word, counts.get(word)) for word in without]
     if seen := {i for other in others for i, _ in overlap(data, other)}:
         kept = [i for i in range(len(data)) if i not in seen]
@@ -78,58 +73,51 @@ def _load(name: str, count: int | None) -> CoSegData:
     if count is not None:
         raise LCCoError(f"counts has `{name}`; only drawn sets have a count: {', '.join(_DRAWN)}")
     if name in _SETS:
-        data = _known(name).complete()
-        return _fold(data, name) if name.startswith("pascal_fold") else data
+        return _known(name)
     folders = Path(name).expanduser(), place("data") / name
-    for path in folders:
-        if path.is_dir():
-            return open_folder(path).complete()
-    known = ", ".join(known_sets())
-    what = f"data `{name}` is neither a folder (also not {folders[1]}) nor a known set"
-    raise LCCoError(f"{what}: {known}")
+    path = next((path for path in folders if path.is_dir()), None)
+    if path is None:
+        what = f"no such folder, also not {folders[1]}, and no known set"
+        raise bad(f"data `{name}`", what, f"known are {', '.join(known_sets())}")
+    return open_folder(path).complete()
 
 
 def _known(name: str) -> CoSegData:
-    base, (places, layouts, own) = place("data"), _SETS[name]
-    home = next((base / p for p in places if _layout(base / p) in layouts), None)
+    places, own = _SETS[name]
+    homes = [place("data") / word for word in places]
+    home = next((home for home in homes if _layout(home)), None)
     if home is None:
-        looked = ", ".join(str(base / word) for word in places if word != ".")
-        how = f"looked for {looked}; set LCCO_DATA to the folder that holds it"
+        how = f"looked for {', '.join(map(str, homes))}; set LCCO_DATA to the folder that holds it"
         raise Missing("data", name, how)
-    if layouts == ("voc",):
-        if (home / "ImageSets/Segmentation/train_aug.txt").is_file() and name == "voc_trainaug":
-            own = ("train_aug",)
-        partial = "coco_" if name == "voc_more" else None  # these have one vehicle labelled each
-        return VOCData(name, home, own, partial=partial)
-    if layouts == ("coco",):
-        return COCOData(name, home, min_area=COCO_MIN_AREA, min_images=COCO_MIN_IMAGES)
-    return FolderData(name, home, recognise(home), own)
+    data = open_folder(home, name, own, rule=(100, 4000)).complete()  # COCO-SEG's
+    data.exhaustive = data.exhaustive and name != "voc_more"  # some have one vehicle labelled each
+    if not name.startswith("pascal_fold"):
+        return data
+    file = home / f"{name.removeprefix('pascal_')}.txt"  # `class/stem` a line
+    keys = read_lines(file)
+    if strange := [key for key in keys if key not in data.keys]:
+        raise bad(file, f"`{strange[0]}` has no image in {home}", "take it out of the list")
+    return data.subset(map(data.keys.index, keys), name)
 
 
-def _fold(data: CoSegData, name: str) -> CoSegData:
-    """The pictures of PASCAL1037 that a list names, one `class/stem` a line."""
-    file = place("data") / "PASCAL_VOC" / f"{name.removeprefix('pascal_')}.txt"
-    if not file.is_file():
-        raise LCCoError(f"data `{name}`: no list {file} (one `class/stem` a line)")
-    number = {key: i for i, key in enumerate(data.keys)}
-    keys = [same_name(line.strip()) for line in sets.read_lines(file)]
-    if strange := next((key for key in keys if key not in number), None):
-        raise bad(file, f"`{strange}` has no image in {file.parent}", "take it out of the list")
-    return data.subset([number[key] for key in keys], name)
+def open_folder(
+    path: Path, name: str | None = None, own: Sequence[str] = (), rule: tuple[int, float] = (1, 0)
+) -> CoSegData:
+    """A folder in any layout, not yet checked to be complete. Raises: LCCoError for another one.
 
-
-def open_folder(path: Path, *, min_images: int = 1, min_area: float = 0) -> CoSegData:
-    """A folder of any layout, with every group and list, not yet checked to be complete."""
-    layout, name = recognise(path), path.resolve().name
+    own: its groups, or lists of VOC, if not all. rule: COCO's least number of images and area.
+    """
+    name, layout = name or path.resolve().name, _layout(path)
     if layout == "coco":
-        return COCOData(name, path, min_images=min_images, min_area=min_area)
-    if layout != "voc":
-        return FolderData(name, path, layout)
-    lists = {f.stem for f in (path / "ImageSets" / "Segmentation").glob("*.txt")}
-    words = [w for w in ("train", "val") if w in lists] or sorted(lists - {"trainval"})
-    if not words:
-        raise LCCoError(f"{path}: no list in ImageSets/Segmentation")
-    return VOCData(name, path, words)
+        return COCOData(name, path, *rule)
+    if layout == "voc":
+        lists = {f.stem for f in (path / "ImageSets" / "Segmentation").glob("*.txt")}
+        own = own or [w for w in ("train", "val") if w in lists] or sorted(lists - {"trainval"})
+        return VOCData(name, path, own)
+    if layout:
+        return FolderData(name, path, layout, own)
+    known = "image/<class>/* beside groundtruth/<class>/*, or as VOC, COCO, iCoseg and Internet are"
+    raise bad(path, "no folder in a known layout", f"expected {known}")
 
 
 def _layout(path: Path) -> str | None:
@@ -137,20 +125,7 @@ def _layout(path: Path) -> str | None:
         return "voc"
     if any(path.glob("annotations/instances_*.json")):
         return "coco"
-    for layout, sides in sets.SIDES.items():
+    for layout, sides in SIDES.items():
         if all((path / side).is_dir() for side in sides):
             return layout
-    truths = [d / "GroundTruth" for d in sets.folders_in(path)]
-    return "rubinstein" if any(d.is_dir() for d in truths) else None
-
-
-def recognise(path: str | Path) -> str:
-    """The layout of a folder: one of `LAYOUTS`. Raises: LCCoError listing the known layouts."""
-    path = Path(path)
-    if not path.is_dir():
-        raise LCCoError(f"{path}: no such folder")
-    if layout := _layout(path):
-        return layout
-    inner = next((p for p in (path / "VOCdevkit/VOC2012", path / "VOC2012") if _layout(p)), None)
-    known = "known: " + "; ".join(f"{k}: {v}" for k, v in sets.LAYOUTS.items())
-    raise LCCoError(f"{path}: unknown layout; {f'did you mean {inner}?' if inner else known}")
+    return "rubinstein" if any(path.glob("*/GroundTruth")) else None

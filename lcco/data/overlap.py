@@ -23,23 +23,22 @@ CELLS = 24  # a side of the thumbnail
 def picture_hash(image: Image.Image) -> str:
     """What a picture looks like: a grey thumbnail and a 128-bit difference hash, in hex.
 
-    A bit tells whether a cell is brighter than its neighbour: re-encoding or resizing changes few
-    (`NEAR`), another picture half of them, or few on a plain ground, where the thumbnail differs.
+    A bit tells whether a cell is brighter than its neighbour: copies differ in few (`NEAR`), other
+    pictures in half of them, or in few on a plain ground, where the thumbnail tells.
     """
     grey = image.convert("L")
     rows = np.asarray(grey.resize((9, 8), Image.Resampling.BOX), np.int16)
     columns = np.asarray(grey.resize((8, 9), Image.Resampling.BOX), np.int16)
     steps = np.diff(rows, axis=1).ravel(), np.diff(columns, axis=0).ravel()
-    small = grey.resize((CELLS, CELLS), Image.Resampling.HAMMING)  # nearly the same of a copy
+    small = grey.resize((CELLS, CELLS), Image.Resampling.HAMMING)
     return small.tobytes().hex() + np.packbits(np.concatenate(steps) > FLAT).tobytes().hex()
 
 
 def _looks(hashes: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Bits [n, 2], thumbnails [n, cells] of mean 0 and variance 1, variances and tolerances [n].
 
-    Thumbnails of one picture are apart by up to 0.002 of their variance, of a busy one by 0.04;
-    those of two objects on a plain ground by 0.005. So the tolerance grows with the share of the
-    cells that hold detail: a few hundredths of a product photograph's, about half of a scene's.
+    Copies' thumbnails are apart by 0.002 of their variance, if busy by 0.04; those of two objects
+    on a plain ground by 0.005. So the tolerance grows with the share of the cells with detail.
     """
     raw = np.frombuffer(bytes.fromhex("".join(hashes)), np.uint8).reshape(-1, CELLS**2 + 16)
     cells = raw[:, :-16].astype(np.float32)
@@ -66,5 +65,4 @@ def near_pairs(a: Sequence[str], b: Sequence[str]) -> list[tuple[int, int]]:
 def overlap(a: CoSegData, b: CoSegData) -> list[tuple[int, int]]:
     """(index in a, index in b) of every picture that both sets hold; kept on disk."""
     file = place("cache") / f"overlap-{digest([LOOKS, a.digest(), b.digest()], 16)}.json"
-    pairs = kept(file, lambda: near_pairs(a.hashes(), b.hashes()))
-    return [(int(i), int(j)) for i, j in pairs]
+    return [(i, j) for i, j in kept(file, lambda: near_pairs(a.hashes(), b.hashes()))]

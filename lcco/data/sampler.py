@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,8 +12,7 @@ from lcco.data.pictures import Box
 from lcco.data.sets import CoSegData
 
 
-@dataclass(frozen=True)
-class Draw:
+class Draw(NamedTuple):
     """One group: its images, the classes they share (their union is the truth), augmentation."""
 
     classes: tuple[str, ...]
@@ -25,13 +24,12 @@ class Draw:
 class GroupSampler:
     """Draws groups: a class, then N distinct images of it (with repeats if the class has fewer).
 
-    `class_sampling`: P(class) ∝ 1, √count or count. The truth is the union of every class that all
-    N share (COCO-SEG). `paired`: the share of groups whose images all hold a second class too, none
-    common to all N, so that only the set tells which one counts (a plain group where that cannot
-    be). `absent`: the chance that one image of a group is replaced by one without the shared
-    classes. `flip`: half of the images are mirrored; `crop` < 1: each is cropped to a random share
-    ≥ `crop` of its sides. The groups of a step depend on (seed, step) alone.
-    Raises: LCCoError for settings that allow no draw.
+    The groups of a step depend on (seed, step) alone; their truth is the union of every class that
+    all N share (COCO-SEG). `class_sampling`: P(class) ∝ 1 (uniform), √count (sqrt) or count
+    (proportional). `paired`: the share of groups whose images all hold a second class, none common
+    to all N, so that only the set tells which one counts (plain groups where that cannot be).
+    `absent`: the chance that one image is replaced by one without the shared classes. `flip`: half
+    of the images are mirrored. `crop` < 1: each is cropped to a random share ≥ `crop` of its sides.
     """
 
     def __init__(
@@ -39,31 +37,21 @@ class GroupSampler:
         class_sampling: str = "uniform", paired: float = 0.0, absent: float = 0.0,
         flip: bool = False, crop: float = 1.0,
     ) -> None:  # fmt: skip
-        power = {"uniform": 0.0, "sqrt": 0.5, "proportional": 1.0}.get(class_sampling)
-        if power is None:
-            known = "uniform, sqrt or proportional"
-            raise LCCoError(f"class_sampling is `{class_sampling}`; it must be {known}")
-        if groups < 1 or group_size < 1 or not 0 < crop <= 1:
-            raise LCCoError("groups and group_size must be at least 1, crop in (0, 1]")
         self.data, self.n, self.size, self.seed = data, groups, group_size, seed
         self.paired, self.absent, self.flip, self.crop = paired, absent, flip, crop
         self._members = {c: np.array(items) for c, items in data.groups.items() if items}
         if not self._members:
             raise LCCoError(f"data `{data.name}` has no group to draw from")
+        power = {"uniform": 0.0, "sqrt": 0.5, "proportional": 1.0}[class_sampling]
         self._weights = {c: len(items) ** power for c, items in self._members.items()}
-        self._pools = self._paired_pools() if paired and group_size > 1 else {}
-        if absent:
-            known = np.flatnonzero([data.knows_all(i) for i in range(len(data))])
-            self._known = known if len(known) else np.arange(len(data))
-
-    def _paired_pools(self) -> dict[str, np.ndarray]:
-        """Class → its images that hold a second class, where these do not all hold the same one."""
-        pools = {}
-        for c, members in self._members.items():
-            pool = np.array([i for i in members if len(self.data.classes_of(i)) > 1], int)
-            if len(pool) >= self.size and self._common(pool) == {c}:
-                pools[c] = pool
-        return pools
+        self._pools = {}  # class → its images with a second class, unless all have the same one
+        for c, items in self._members.items():
+            pool = [i for i in items if len(data.classes_of(i)) > 1]
+            if 1 < group_size <= len(pool) and self._common(pool) == {c}:
+                self._pools[c] = np.array(pool)
+        self._known = [i for i in range(len(data)) if data.knows_all(i)]
+        if absent and not self._known:
+            raise LCCoError("data.absent needs a set whose masks show every class, such as VOC")
 
     def _common(self, items: Iterable[int]) -> frozenset[str]:
         return frozenset.intersection(*(self.data.classes_of(i) for i in items))
@@ -73,13 +61,9 @@ class GroupSampler:
         rng = np.random.default_rng((self.seed, step))
         return [self._draw(rng) for _ in range(self.n)]
 
-    def _pick(self, rng: np.random.Generator, pools: dict[str, np.ndarray]) -> str:
-        weights = np.array([self._weights[c] for c in pools])
-        return list(pools)[rng.choice(len(pools), p=weights / weights.sum())]
-
     def _draw(self, rng: np.random.Generator) -> Draw:
-        items = self._draw_paired(rng) if rng.random() < self.paired and self._pools else None
-        if items is None:
+        items = self._draw_paired(rng) if rng.random() < self.paired and self._pools else []
+        if not items:
             members = self._members[self._pick(rng, self._members)]
             items = rng.choice(members, self.size, replace=len(members) < self.size)
         items = [int(i) for i in items]
@@ -91,26 +75,27 @@ class GroupSampler:
                     items[rng.integers(self.size)] = other
                     break
         flips = (rng.random(self.size) < 0.5).tolist() if self.flip else [False] * self.size
-        crops = tuple(self._box(rng) for _ in items)
+        crops = tuple(self._box(rng) if self.crop < 1 else None for _ in items)
         return Draw(tuple(sorted(shared)), tuple(items), tuple(flips), crops)
 
-    def _draw_paired(self, rng: np.random.Generator) -> np.ndarray | None:
+    def _pick(self, rng: np.random.Generator, pools: dict[str, np.ndarray]) -> str:
+        weights = np.array([self._weights[c] for c in pools])
+        return list(pools)[rng.choice(len(pools), p=weights / weights.sum())]
+
+    def _draw_paired(self, rng: np.random.Generator) -> list[int]:
+        """Images with a second class, which not all share; none where 20 draws find no such."""
         c = self._pick(rng, self._pools)
-        pool = self._pools[c]
         for _ in range(20):
-            items = rng.choice(pool, self.size, replace=False)
-            for d in self._common(items) - {c}:  # one that lacks the second class takes a place
-                rest = [i for i in pool if i not in items]
-                others = [i for i in rest if d not in self.data.classes_of(i)]
-                if others:
+            items = list(rng.choice(self._pools[c], self.size, replace=False))
+            for d in sorted(self._common(items) - {c}):  # one that lacks it takes a place
+                rest = [i for i in self._pools[c] if i not in items]
+                if others := [i for i in rest if d not in self.data.classes_of(i)]:
                     items[rng.integers(self.size)] = rng.choice(others)
             if self._common(items) == {c}:
                 return items
-        return None
+        return []
 
-    def _box(self, rng: np.random.Generator) -> Box | None:
-        if self.crop >= 1:
-            return None
+    def _box(self, rng: np.random.Generator) -> Box:
         side = rng.uniform(self.crop, 1)
         x, y = rng.uniform(0, 1 - side, 2)
         return (float(x), float(y), float(x + side), float(y + side))

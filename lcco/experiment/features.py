@@ -1,15 +1,14 @@
-"""From pictures to a batch: what the frozen parts say of a set is computed once and kept.
+"""What the frozen parts say of the pictures of a set, computed once and kept.
 
-Embeddings, masked embeddings and a frozen backbone's maps lie in one memory-mapped file each, so
-that a training on frozen features takes minutes.
+Embeddings, masked embeddings and a frozen backbone's maps lie in memory-mapped files, so that a
+training on frozen features takes minutes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,43 +16,25 @@ from PIL import Image
 from torch import Tensor
 
 from lcco.backbones import Backbone, make_backbone
-from lcco.common import VOID, digest, place, progress
+from lcco.common import digest, place, progress
 from lcco.config import Experiment, TowerConfig
-from lcco.data import CoSegData, Draw
-from lcco.data.pictures import load_square, mask_square
-from lcco.losses import true_class
-from lcco.semantics import Tower, Vocabulary, make_tower, painted, target_word
-from lcco.store import kept, kept_file
+from lcco.data import CoSegData
+from lcco.data.pictures import Box, load_square, mask_square
+from lcco.semantics import Tower, make_tower, painted
+from lcco.store import kept
 
-Box = tuple[float, float, float, float]
 Pair = tuple[int, tuple[str, ...]]  # an item, and the classes whose union is its truth
 TRUTH_BYTES = 2**29  # of true masks that are remembered: decoding them costs more than a step
 AT_ONCE = 16  # pictures through the backbone at once: early maps are large
-
-
-@dataclass
-class Batch:
-    """One step's tensors, B groups of N images."""
-
-    images: Tensor | None  # [B, N, 3, S, S] in 0..1, where the backbone is live
-    maps: list[Tensor] | None  # leading frozen maps, [B, N, C, h, w] each
-    embeddings: Tensor  # [B, N, D]
-    truth: Tensor  # [B, N, S, S] uint8 of {0, 1, 255 = void}
-    present: Tensor  # [B, N]
-    true: Tensor | None  # [B] index of the class that v^gt marks, -1 = unknown
-
-    def to(self, device: torch.device | str) -> Batch:
-        """The batch on a device; half-precision maps become float there."""
-        maps = self.maps and [m.to(device).float() for m in self.maps]
-        rest = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, maps=maps, **rest)
+IN_A_FILE = 64  # pictures whose maps lie in one file; a multiple of AT_ONCE
 
 
 class Features:
     """The frozen tower, the backbone with its leading frozen stages, and what they made of sets.
 
     size: the side S of the squares that the network sees. stages: how many leading stages' maps
-    are kept (default: all that are frozen).
+    are kept (default: all that are frozen). truth(data, i, classes, crop): the truth of item i, or
+    of a crop of it, uint8 [S, S] of {0, 1, 255 = void}.
     """
 
     def __init__(
@@ -63,58 +44,60 @@ class Features:
         self.tower, self.backbone, self.size, self.device = tower, backbone, size, device
         self.stages = backbone.frozen_stages if stages is None else stages
         shapes = [(size // 2 ** (n + 2),) * 2 + (c,) for n, c in enumerate(backbone.channels)]
-        kept = enumerate(shapes[: self.stages])
-        self.row = np.dtype([(str(n), np.float16, shape) for n, shape in kept])  # a picture's maps
+        leading = enumerate(shapes[: self.stages])
+        self.row = np.dtype([(str(n), np.float16, shape) for n, shape in leading])  # one picture's
         self._identity = backbone.identity if self.stages else ""  # before a training alters it
         self._memo: dict[str, np.ndarray] = {}
-        self._truth = lru_cache(maxsize=TRUTH_BYTES // size**2)(
-            lambda data, i, classes, crop: mask_square(data.mask(i, classes), size, crop)
+        self._objects: dict[str, dict[Pair, np.ndarray]] = {}
+        self.truth: Callable[..., np.ndarray] = lru_cache(maxsize=TRUTH_BYTES // size**2)(
+            lambda data, i, classes, crop=None: mask_square(data.mask(i, classes), size, crop)
         )
 
-    def prepare(
-        self, data: CoSegData, *, flip: bool = False, background: str | None = None
-    ) -> None:
+    def prepare(self, data: CoSegData, flip: bool = False, background: str | None = None) -> None:
         """Embed a set ahead. flip: mirrored too. background: its objects too, as `masked` does."""
         self.embeddings(data, [])
-        for mirrored in (False, True)[: 1 + flip] if self.stages else ():
-            self._maps(data, mirrored)
+        if self.stages:
+            what = f"embedding {data.name} ({self.backbone.name}, {self.size} px)"
+            for start in progress(range(0, len(data), IN_A_FILE), what):
+                for mirrored in (False, True)[: 1 + flip]:
+                    self._maps(data, start, mirrored)
         if background:
-            self.masked(data, [*_rows(data)][:1], background)
+            self.masked(data, [], background)
 
     def embeddings(self, data: CoSegData, items: Sequence[int], *, keep: bool = True) -> Tensor:
         """Image embeddings [n, D] of the tower; the set is embedded whole at the first call.
 
         `keep=False` writes nothing to disk: for pictures seen once.
         """
-        recipe = [data.digest(), self.tower.identity]
-        stored = self._array("embeddings", recipe, partial(self._embed, data), disk=keep)
-        return torch.from_numpy(stored[np.array(items, int)])
 
-    def _embed(self, data: CoSegData) -> np.ndarray:
-        first: dict[str, int] = {}  # a picture that stands in two classes is embedded once
-        for i in range(len(data)):
-            first.setdefault(data.content(i), i)
-        items = progress(first.values(), f"embedding {data.name}", len(first))
-        vectors = self.tower.encode_images(data.image(i) for i in items).float().numpy()
-        row = {content: n for n, content in enumerate(first)}
-        return vectors[[row[data.content(i)] for i in range(len(data))]]
+        def make() -> np.ndarray:
+            first: dict[str, int] = {}  # a picture that stands in two classes is embedded once
+            for i in range(len(data)):
+                first.setdefault(data.content(i), i)
+            items = progress(first.values(), f"embedding {data.name}", len(first))
+            vectors = self.tower.encode_images(data.image(i) for i in items).float().numpy()
+            row = {content: n for n, content in enumerate(first)}
+            return vectors[[row[data.content(i)] for i in range(len(data))]]
+
+        stored = self._kept("embeddings", [data.digest(), self.tower.identity], make, keep)
+        return torch.from_numpy(stored[np.array(items, int)])
 
     def masked(self, data: CoSegData, pairs: Sequence[Pair], background: str) -> Tensor:
         """Embeddings [n, D] of pictures with all but the object painted over; zero without one.
 
         background: "zero", black, or "mean", the tower's mean colour.
         """
-        recipe, rows = [data.identity(), self.tower.identity, background], _rows(data)
-        make = partial(self._embed_masked, data, background)
-        stored = self._array("masked", recipe, partial(make, list(rows)))
-
-        def one(pair: Pair) -> np.ndarray:
-            if pair in rows:
-                return stored[rows[pair]]
-            # of several classes, or of one that the picture lacks
-            return self._array("masked", [*recipe, pair], partial(make, [pair]), disk=False)[0]
-
-        return torch.from_numpy(np.stack([one(pair) for pair in pairs]))
+        recipe = [data.identity(), self.tower.identity, background]
+        name = f"masked-{digest(recipe, 16)}.npy"
+        if name not in self._objects:
+            pairs_of = sorted((i, (c,)) for c, items in data.groups.items() for i in items)
+            make = partial(self._embed_masked, data, background, pairs_of)
+            stored = np.asarray(kept(place("cache") / name, make))
+            self._objects[name] = dict(zip(pairs_of, stored, strict=True))
+        known = self._objects[name]
+        for pair in {*pairs} - known.keys():  # of several classes, or of one that it lacks
+            known[pair] = self._embed_masked(data, background, [pair])[0]
+        return torch.from_numpy(np.array([known[pair] for pair in pairs]))
 
     def _embed_masked(self, data: CoSegData, background: str, pairs: list[Pair]) -> np.ndarray:
         shown: list[bool] = []
@@ -129,111 +112,72 @@ class Features:
         vectors[~np.array(shown, bool)] = 0
         return vectors
 
-    def truth(
-        self, data: CoSegData, i: int, classes: tuple[str, ...], crop: Box | None = None
-    ) -> np.ndarray:
-        """uint8 [S, S] of {0, 1, 255 = void}: the truth of item i, or of a crop, as a square."""
-        return self._truth(data, i, classes, crop)
-
     def visual(
         self, data: CoSegData, items: Sequence[int], flips: Sequence[bool] | None = None,
         crops: Sequence[Box | None] | None = None, keep: bool = True,
     ) -> tuple[Tensor | None, list[Tensor] | None]:  # fmt: skip
         """(images [n, 3, S, S] in 0..1, None) for a live backbone, else (None, leading maps).
 
-        Maps: [n, C, h, w] each, in half precision where kept. `keep=False`: for pictures seen once.
+        Maps, never of crops: [n, C, h, w] each, in half precision where kept. `keep=False`: for
+        pictures seen once.
         """
         flips, crops = flips or [False] * len(items), crops or [None] * len(items)
-        if self.stages and keep and not any(crops):
-            rows = [self._maps(data, flip)[i] for i, flip in zip(items, flips, strict=True)]
-            maps = [np.stack([row[stage] for row in rows]) for stage in self.row.names]
+        if self.stages and keep:
+            rows = [self._maps(data, i - i % IN_A_FILE, flip)[i % IN_A_FILE]
+                    for i, flip in zip(items, flips, strict=True)]  # fmt: skip
+            maps = (np.stack([row[stage] for row in rows]) for stage in self.row.names)
             return None, [torch.from_numpy(m).permute(0, 3, 1, 2) for m in maps]
-        images = self._images(data, items, flips, crops)
-        if not self.stages:
-            return images, None
-        maps = [self.frozen_maps(part) for part in images.split(AT_ONCE)]
-        return None, [torch.cat(stride) for stride in zip(*maps, strict=True)]
-
-    def _images(self, data: CoSegData, items: Sequence[int], flips: Sequence[bool],
-                crops: Sequence[Box | None]) -> Tensor:  # fmt: skip
         how = zip(items, crops, strict=True)
         squares = [load_square(data.image(i), self.size, crop) for i, crop in how]
         squares = [s[:, ::-1] if flip else s for s, flip in zip(squares, flips, strict=True)]
-        return torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).float().div_(255)
+        images = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).float().div_(255)
+        return (None, self.frozen_maps(images)) if self.stages else (images, None)
 
     @torch.no_grad()
     def frozen_maps(self, images: Tensor) -> list[Tensor]:
         """The leading maps that are kept, of images [n, 3, S, S] in 0..1, on the CPU."""
-        mode = self.backbone.training
+        mode, found = self.backbone.training, []
         self.backbone.eval().to(self.device)
-        x, maps = self.backbone.normalise(images.to(self.device)), []
-        for stage in self.backbone.stages[: self.stages]:
-            x = stage(x)
-            maps.append(x.cpu())
+        for part in images.split(AT_ONCE):
+            maps = [self.backbone.normalise(part.to(self.device))]
+            for stage in self.backbone.stages[: self.stages]:
+                maps.append(stage(maps[-1]))
+            found.append([m.cpu() for m in maps[1:]])
         self.backbone.train(mode)
-        return maps
+        return [torch.cat(stage) for stage in zip(*found, strict=True)]
 
-    def _maps(self, data: CoSegData, mirrored: bool) -> np.ndarray:
-        """Every picture's maps, [n] of `row`. They may be larger than memory."""
+    def _maps(self, data: CoSegData, start: int, mirrored: bool) -> np.ndarray:
+        """The maps of `IN_A_FILE` pictures, [n] of `row`: those of a set outgrow the memory."""
 
-        def write(part: Path) -> None:
-            out = np.lib.format.open_memmap(part, "w+", self.row, (len(data),))
-            what = f"embedding {data.name} ({self.backbone.name}, {self.size} px)"
-            for start in progress(range(0, len(data), AT_ONCE), what):
-                items = range(start, min(start + AT_ONCE, len(data)))
-                images = self._images(data, items, [mirrored] * len(items), [None] * len(items))
-                for stage, maps in zip(self.row.names, self.frozen_maps(images), strict=True):
-                    out[stage][items] = maps.permute(0, 2, 3, 1).half().numpy()
-            out.flush()
+        def make() -> np.ndarray:
+            items = range(start, min(start + IN_A_FILE, len(data)))
+            _, found = self.visual(data, items, [mirrored] * len(items), keep=False)
+            out = np.empty(len(items), self.row)
+            for stage, maps in zip(self.row.names, found, strict=True):
+                out[stage] = maps.permute(0, 2, 3, 1).half().numpy()
+            return out
 
-        recipe = [self._identity, self.size, self.row.descr, mirrored, data.digest()]
-        return self._array("maps", recipe, write=write)
+        recipe = [self._identity, self.size, self.row.descr, mirrored, data.digest(), start]
+        return self._kept("maps", recipe, make)
 
-    def _array(
-        self, kind: str, recipe: list, make: Callable[[], np.ndarray] | None = None, *,
-        disk: bool = True, write: Callable[[Path], None] | None = None,
-    ) -> np.ndarray:  # fmt: skip
-        """What `make` gives or `write` writes: remembered, and kept on disk."""
+    def _kept(self, kind: str, recipe: list, make: Callable, disk: bool = True) -> np.ndarray:
+        """The array that `make` gives: remembered, and kept on disk."""
         name = f"{kind}-{digest(recipe, 16)}.npy"
         if name not in self._memo:
-            file = place("cache") / name
-            if write:
-                self._memo[name] = np.load(kept_file(file, write), mmap_mode="r")
-            else:
-                self._memo[name] = kept(file, make) if disk else make()
+            self._memo[name] = kept(place("cache") / name, make) if disk else make()
         return self._memo[name]
 
 
-@lru_cache(maxsize=8)
-def _rows(data: CoSegData) -> Mapping[Pair, int]:
-    """Every (item, class) of a set → its row in the file of masked embeddings, by item."""
-    pairs = sorted((i, (c,)) for c, items in data.groups.items() for i in items)
-    return {pair: n for n, pair in enumerate(pairs)}
-
-
 def make_features(experiment: Experiment, device: str | None = None) -> Features:
-    """The frozen parts of an experiment, on the GPU if there is one.
-
-    Experiments with the same wholly frozen parts share one object, and with it what it remembers.
-    """
+    """The frozen parts of an experiment, on the GPU if there is one; a tower is loaded once."""
     m, device = experiment.model, device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with torch.random.fork_rng(devices=[]):  # random weights are the seed's alone
+        torch.manual_seed(experiment.seed)
+        backbone = make_backbone(m.backbone, m.weights, m.frozen_stages)
+    tower = _tower(experiment.tower.model_copy(update={"vocabulary": ""}), device)
     # An encoder-side module changes what later stages see, so only the first one's maps are kept.
     stages = min(m.frozen_stages, 1 if m.placement == "encoder" else 4)
-    make = _made if m.frozen_stages == 4 else _made.__wrapped__
-    seed = experiment.seed if m.weights is None else 0  # random weights are the seed's alone
-    tower = experiment.tower.model_copy(update={"vocabulary": ""})  # the words are apart
-    backbone = (m.backbone, m.weights, m.frozen_stages)
-    return make(tower, backbone, seed, experiment.data.size, stages, device)
-
-
-@lru_cache(maxsize=2)
-def _made(
-    tower: TowerConfig, backbone: tuple, seed: int, size: int, stages: int, device: str
-) -> Features:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        net = make_backbone(*backbone)
-    return Features(_tower(tower, device), net, size, stages=stages, device=device)
+    return Features(tower, backbone, experiment.data.size, stages=stages, device=device)
 
 
 @lru_cache(maxsize=2)
@@ -241,41 +185,21 @@ def _tower(settings: TowerConfig, device: str) -> Tower:
     return make_tower(settings, device=device)
 
 
-def batch(
-    features: Features, vocabulary: Vocabulary, data: CoSegData, draws: Sequence[Draw], *,
-    v_gt: str | None, background: str,
-) -> Batch:  # fmt: skip
-    """The tensors of some drawn groups; shorter groups are padded and marked in `present`.
+@contextlib.contextmanager
+def deterministic(features: Features) -> Iterator[None]:
+    """Same bits on the same machine's CPU: ordered sums in backward passes, a number of threads.
 
-    v_gt: what marks the true class, the "tower" (Eq. 12) or the class's own "name".
+    Not on a GPU, where ordered sums (of bilinear upsampling above all) multiply a step's time.
     """
-    pairs = [(i, d.classes) for d in draws for i in d.items]
-    items, flips, crops = ([x for d in draws for x in getattr(d, name)]
-                           for name in ("items", "flips", "crops"))  # fmt: skip
-    images, maps = features.visual(data, items, flips, crops)
-    truths = (features.truth(data, *pair, crop) for pair, crop in zip(pairs, crops, strict=True))
-    truths = [t[:, ::-1] if flip else t for t, flip in zip(truths, flips, strict=True)]
-    longest, true = max(len(d.items) for d in draws), None
-    present = torch.tensor([[n < len(d.items) for n in range(longest)] for d in draws])
-    if v_gt == "name":  # −1: no such word, or a group that shares several classes
-        single = [d.classes[0] if len(d.classes) == 1 else "" for d in draws]
-        words = [target_word(name, vocabulary.words) for name in single]
-        true = torch.tensor([-1 if word is None else word for word in words])
-    elif v_gt == "tower":
-        masked = _padded(features.masked(data, pairs, background), present)
-        true = true_class(masked, vocabulary.embeddings, present)
-    return Batch(
-        images=None if images is None else _padded(images, present),
-        maps=maps and [_padded(m, present) for m in maps],
-        embeddings=_padded(features.embeddings(data, items), present),
-        truth=_padded(torch.from_numpy(np.stack(truths)), present, VOID),
-        present=present, true=true,
-    )  # fmt: skip
-
-
-def _padded(flat: Tensor, present: Tensor, value: float = 0) -> Tensor:
-    """[M, …] → [B, N, …]."""
-    if present.all():
-        return flat.unflatten(0, present.shape)
-    out = flat.new_full((*present.shape, *flat.shape[1:]), value)
-    return out.index_put(present.nonzero(as_tuple=True), flat)
+    setting, threads = torch.utils.deterministic, torch.get_num_threads()
+    before, fill = torch.get_deterministic_debug_mode(), setting.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(not torch.cuda.is_available(), warn_only=True)
+    setting.fill_uninitialized_memory = False  # a tenth of a step's time
+    if features.backbone.frozen_stages == 4:  # the rest is small, and two runs then fit two cores
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(before)
+        setting.fill_uninitialized_memory = fill
+        torch.set_num_threads(threads)

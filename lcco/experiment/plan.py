@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import combinations, product
-from typing import Any
+from typing import Any, NamedTuple
 
 from lcco.common import LCCoError
 from lcco.config import Experiment, Profile
@@ -19,12 +18,22 @@ READINGS: dict[str, Sequence[Any]] = {  # settings that the paper leaves open
     "model.modulation_residual": (False, True), "loss.lc_reduction": ("mean", "sum"),
     "loss.mask_background": ("zero", "mean"), "loss.v_gt": ("tower", "name"),
     "model.mlp3_skip": (False, True), "model.mlp3": ("vocabulary", "shared"),
+    "train.mlp3_lr": (1, 10),
 }  # fmt: skip
 BASELINE = {f"model.{module}": False for module in MODULES}
+MAIN: Variants = {"LCCo": {}, "Baseline": BASELINE}  # Table 1
+COMPONENTS: Variants = {  # Table 2
+    {0: "Baseline", 3: "LCCo"}.get(n, " + ".join(MODULES[module] for module in on)):
+    {f"model.{module}": False for module in MODULES if module not in on}
+    for n in range(4) for on in combinations(MODULES, n)
+}  # fmt: skip
+LOSSES: Variants = {  # Table 3. Without L_c nothing trains MLP3: its choice stays random.
+    "L_iou": {"loss.lambda_cs": 0.0, "loss.lambda_c": 0.0}, "L_iou + L_cs": {"loss.lambda_c": 0.0},
+    "L_iou + L_c": {"loss.lambda_cs": 0.0}, "L_iou + L_cs + L_c": {},
+}  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Score:
+class Score(NamedTuple):
     """A test set, protocols (`choice`: the group-choice test) and the set size."""
 
     test: str
@@ -32,40 +41,11 @@ class Score:
     group_size: int
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(NamedTuple):
     """A training, and the scores that will be asked of it."""
 
     experiment: Experiment
     scores: tuple[Score, ...] = ()
-
-
-# ---------------------------------------------------------------------------------- variants
-MAIN: Variants = {"LCCo": {}, "Baseline": BASELINE}  # Table 1
-LOSSES: Variants = {  # Table 3. Without L_c nothing trains MLP3: its choice stays random.
-    "L_iou": {"loss.lambda_cs": 0.0, "loss.lambda_c": 0.0}, "L_iou + L_cs": {"loss.lambda_c": 0.0},
-    "L_iou + L_c": {"loss.lambda_cs": 0.0}, "L_iou + L_cs + L_c": {},
-}  # fmt: skip
-
-
-def component_variants() -> Variants:
-    """Table 2: every combination of the three modules; none is the Baseline, all are LCCo."""
-    out: Variants = {}
-    for on in (set(some) for n in range(4) for some in combinations(MODULES, n)):
-        name = " + ".join(text for module, text in MODULES.items() if module in on)
-        name = {0: "Baseline", 3: "LCCo"}.get(len(on), name)
-        out[name] = {f"model.{module}": False for module in MODULES if module not in on}
-    return out
-
-
-def k_values(profile: Profile) -> tuple[int, ...]:
-    """Table 4's numbers of distilled prompts; fewer where seconds matter."""
-    return (1, 5) if profile.name == "smoke" else (1, 3, 5, 7, 9)
-
-
-def set_sizes(profile: Profile) -> tuple[int, ...]:
-    """Images a set in the test of more images; fewer where seconds matter."""
-    return (1, 3) if profile.name == "smoke" else (1, 2, 3, 5, 8, 12, 16)
 
 
 def reading_variants(profile: Profile, vocabularies: Sequence[str] | None = None) -> Variants:
@@ -88,46 +68,39 @@ def reading_variants(profile: Profile, vocabularies: Sequence[str] | None = None
     return out
 
 
-# ---------------------------------------------------------------------------------- jobs
 def needs(notebook: str, profile: Profile) -> list[Job]:
     """The trainings and scores that a notebook (`01`, …, `method`) asks for.
 
     Raises: LCCoError for an unknown notebook.
     """
     p, lcco, n = profile, {"LCCo": {}}, profile.group_size
-    ks = {f"K = {k}": {"model.k": k} for k in k_values(p)}
+    ks = {f"K = {k}": {"model.k": k} for k in p.k_values}
     choice = [Score(test, ("choice",), n) for test in p.choice_tests]
-    main = [Score(test, p.protocols, n) for test in p.tests] + choice
+    main = [Score(test, p.protocols, n) for test in p.tests]
     fewer = [Score(test, p.protocols, n) for test in p.ablation_tests]
-    each = product(set_sizes(p), p.ablation_tests)
-    sizes = [Score(test, p.protocols[:1], size) for size, test in each]
+    sizes = [Score(t, p.protocols[:1], size) for size, t in product(p.set_sizes, p.ablation_tests)]
     plan: dict[str, tuple[Variants, Sequence[int], Sequence[Score]]] = {
-        "00": ({}, (), ()),
-        "method": ({}, (), ()),
-        "01": (MAIN, p.seeds, main),
-        "02": (component_variants(), p.ablation_seeds, fewer + choice),
+        "01": (MAIN, p.seeds, main + choice),
+        "02": (COMPONENTS, p.ablation_seeds, fewer + choice),
         "03": (LOSSES, p.ablation_seeds, fewer + choice),
         "04": (ks | lcco, p.ablation_seeds, fewer + choice),
         "05": (MAIN, p.seeds, sizes),
-        "06": (lcco, p.seeds, fewer or main[: len(p.tests)]),
+        "06": (lcco, p.seeds, fewer or main),
         "07": (lcco, p.ablation_seeds, ()),
-        "08": ({}, (), ()),
         "09": (reading_variants(p), p.ablation_seeds, fewer + choice),
-        "10": (MAIN, p.seeds, main),
+        "10": (MAIN, p.seeds, main + choice),
     }
-    if notebook not in plan:
-        raise LCCoError(f"no notebook `{notebook}`; there are: {', '.join(plan)}")
-    variants, seeds, scores = plan[notebook]
+    if notebook not in NOTEBOOKS:
+        raise LCCoError(f"no notebook `{notebook}`; there are: {', '.join(NOTEBOOKS)}")
+    variants, seeds, scores = plan.get(notebook, ({}, (), ()))
     models = [p.experiment.replace(changes, seed=s) for changes in variants.values() for s in seeds]
     return [Job(model, tuple(scores)) for model in models]
 
 
-def all_jobs(profile: Profile, notebooks: Sequence[str] | None = None) -> list[Job]:
-    """The jobs of several notebooks (default: all), each training once with all its scores."""
+def all_jobs(profile: Profile, notebooks: Sequence[str] = NOTEBOOKS) -> list[Job]:
+    """The jobs of several notebooks, each training once with all its scores."""
     found: dict[str, Job] = {}
-    for notebook in NOTEBOOKS if notebooks is None else notebooks:
-        for job in needs(notebook, profile):
-            known = found.get(job.experiment.hash, Job(job.experiment)).scores
-            scores = tuple(dict.fromkeys((*known, *job.scores)))
-            found[job.experiment.hash] = Job(job.experiment, scores)
+    for job in (job for notebook in notebooks for job in needs(notebook, profile)):
+        known = found.get(job.experiment.hash, Job(job.experiment)).scores
+        found[job.experiment.hash] = Job(job.experiment, tuple(dict.fromkeys(known + job.scores)))
     return list(found.values())

@@ -4,37 +4,70 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import platform
+import subprocess
+import sys
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
+from importlib import metadata
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import send_to_device
 from torch import Tensor
 
-from lcco.backbones import model_file, read_about, read_tensors
+from lcco import __version__
+from lcco.backbones import model_file, reading
 from lcco.common import LCCoError, progress
 from lcco.config import Experiment
-from lcco.data import CoSegData, GroupSampler
-from lcco.experiment.features import Batch, Features, batch
-from lcco.experiment.predictor import (
-    Predictor,
-    build_model,
-    check_words,
-    deterministic,
-    save_model,
-    trained_state,
-)
-from lcco.losses import total_loss
-from lcco.metrics import consecutive_groups, jaccard
-from lcco.model import LCCo
-from lcco.semantics import Vocabulary
+from lcco.data import CoSegData, GroupSampler, load_data
+from lcco.experiment.features import deterministic, make_features
+from lcco.experiment.predictor import Predictor, build_model, fill, save_model, trained_state
+from lcco.losses import total_loss, true_class
+from lcco.metrics import consecutive_groups, count
+from lcco.semantics import make_vocabulary, target_word
 from lcco.store import atomic_path, write_text
 
+PACKAGES = ("torch", "torchvision", "open_clip_torch", "timm", "accelerate", "numpy")
 HALVE_EVERY = 20_000  # steps, of the schedule "halving"
 LOG_EVERY = 50
-LOSSES = ("loss", "iou", "cs", "c", "bce")
+
+
+def environment(root: Path = Path(__file__).parents[2]) -> dict[str, Any]:
+    """Where something was computed: commit, whether the code had edits (dirty), machine, versions.
+
+    commit and dirty are None where the code does not stand in its own checkout.
+    """
+
+    def git(*words: str) -> str:
+        try:
+            return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True).stdout
+        except OSError:  # no git here
+            return ""
+
+    ours = git("ls-files", "lcco/common.py")  # an installed package may lie in another repository
+    return {
+        "commit": git("rev-parse", "HEAD").strip() if ours else None,
+        "dirty": bool(git("status", "--porcelain", "--", "lcco")) if ours else None,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "platform": f"{platform.system()} {platform.machine()}", "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(), "python": platform.python_version(),
+        "versions": {name: metadata.version(name) for name in PACKAGES} | {"lcco": __version__},
+    }  # fmt: skip
+
+
+def training_data(experiment: Experiment) -> tuple[CoSegData, CoSegData | None]:
+    """The training set and the holdout; what `data.without` names is left out of both."""
+    d = experiment.data
+    how = {"counts": d.counts, "without": d.without}
+    return load_data(d.train, **how), load_data(d.holdout, **how) if d.holdout else None
 
 
 def learning_rate(experiment: Experiment, step: int) -> float:
@@ -49,9 +82,8 @@ def learning_rate(experiment: Experiment, step: int) -> float:
 
 def v_gt_source(experiment: Experiment) -> str | None:
     """Who names the true class, "tower" or "name"; None where nothing needs to know it."""
-    e = experiment
-    needed = (e.model.clip_regularization and e.loss.lambda_c) or e.data.given
-    return e.loss.v_gt if needed else None
+    needed = experiment.model.clip_regularization and experiment.loss.lambda_c
+    return experiment.loss.v_gt if needed else None
 
 
 def holdout_score(predict: Predictor, data: CoSegData, group_size: int) -> float:
@@ -61,113 +93,136 @@ def holdout_score(predict: Predictor, data: CoSegData, group_size: int) -> float
         for members, scored in consecutive_groups(list(indices), group_size, repeat=False):
             for i, p in list(zip(members, predict(data, members, cls), strict=True))[:scored]:
                 truth = predict.features.truth(data, i, (cls,))
-                scores.append(jaccard(p > 0.5, truth, empty="one") or 0.0)
+                scores.append(count(p > 0.5, truth).jaccard("one") or 0.0)
     return float(np.mean(scores))
 
 
 class Trainer:
-    """Trains an experiment into a folder.
+    """Trains an experiment into a folder; with `few`, on so many pictures alone, to time it.
 
     `fit` writes `metrics.jsonl`, `best.safetensors` (highest J on the holdout),
     `last.safetensors`, and `checkpoint.pt`, from which an interrupted training goes on.
     """
 
-    def __init__(
-        self, experiment: Experiment, folder: Path, features: Features, vocabulary: Vocabulary,
-        data: CoSegData, holdout: CoSegData | None,
-    ) -> None:  # fmt: skip
-        from accelerate import Accelerator, DistributedDataParallelKwargs
-
-        self.experiment, self.folder = experiment, Path(folder)
-        self.features, self.vocabulary = features, vocabulary
-        self.data, self.holdout = data, holdout
+    def __init__(self, experiment: Experiment, folder: Path, few: int | None = None) -> None:
+        self.experiment, self.folder, d = experiment, Path(folder), experiment.data
+        self.data, self.holdout = training_data(experiment)
+        if both := sorted(set(d.train) & set(d.holdout)):
+            said = f"`data.holdout` names {', '.join(both)}, as `data.train` does"
+            print(f"{said}: weights are chosen on pictures of training", file=sys.stderr)
+        if few:
+            items = range(min(few, len(self.data)))
+            self.data, self.holdout = self.data.subset(items, f"{few} of {self.data.name}"), None
+        self.features = make_features(experiment)
+        self.vocabulary = make_vocabulary(self.features.tower, experiment.tower)
         self.checkpoint = self.folder / "checkpoint.pt"
         # Autocast is switched on in `step` alone, so that validation runs as later scoring does.
         unused = DistributedDataParallelKwargs(find_unused_parameters=True)
         self.accelerator = a = Accelerator(mixed_precision="no", kwargs_handlers=[unused])
-        self.model = build_model(experiment, features, vocabulary).to(a.device)
-        if experiment.train.start:
-            start_from(self.model, experiment, vocabulary)
+        self.model = build_model(experiment, self.features, self.vocabulary).to(a.device)
+        if start := experiment.train.start:
+            fill(self.model, model_file(start), self.features, self.vocabulary, start=True)
+        # What is validated and saved: the weights' moving average, or the weights themselves.
+        self.averaged = deepcopy(self.model) if experiment.train.ema else self.model
         self.net, self.optimizer = a.prepare(self.model, self._optimizer())
         names = {"group_size", "class_sampling", "paired", "absent", "flip", "crop"}
-        how, groups = experiment.data.model_dump(include=names), experiment.data.groups
-        groups *= a.num_processes
-        self.sampler = GroupSampler(data, groups=groups, seed=experiment.seed, **how)
-        self.mine = slice(a.process_index, None, a.num_processes)  # of a step's groups
-        self.text = vocabulary.embeddings.to(a.device)
+        how = d.model_dump(include=names) | {"seed": experiment.seed}
+        self.sampler = GroupSampler(self.data, groups=d.groups * a.num_processes, **how)
         self.learned = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        self.source = v_gt_source(experiment)
         self.state: dict[str, Any] = {"step": 0, "best": -1.0, "best_step": 0, "seconds": 0.0}
-        self.ema: dict[str, Tensor] | None = None
-        self.since: list[dict[str, Tensor]] = []  # losses since the last line of the log
+        self.state["machines"] = []  # the last of them is this one
+        self.log: list[dict[str, float]] = []  # the lines of `metrics.jsonl`
+        self.since: list[dict[str, Tensor]] = []  # losses since the last of them
 
     def _optimizer(self) -> torch.optim.Optimizer:
-        t, groups = self.experiment.train, {False: [], True: []}
+        t = self.experiment.train
+        rates = {"backbone.": t.backbone_lr, "clip_regularization.mlp3.": t.lr * t.mlp3_lr}
+        rates[""] = t.lr
+        parts: dict[str, list[Tensor]] = {part: [] for part in rates}
         for name, p in self.model.named_parameters():
             if p.requires_grad:
-                groups[name.startswith("backbone.")].append(p)
-        rates = [(groups[False], t.lr), (groups[True], t.backbone_lr)]
-        rates = [{"params": p, "lr": lr, "full_lr": lr} for p, lr in rates if p]
-        return torch.optim.AdamW(rates, weight_decay=t.weight_decay)
+                parts[next(part for part in rates if name.startswith(part))].append(p)
+        groups = [{"params": parts[n], "lr": r, "full_lr": r} for n, r in rates.items() if parts[n]]
+        return torch.optim.AdamW(groups, weight_decay=t.weight_decay)
 
     def fit(self, stop_at: int | None = None) -> dict[str, Any]:
         """Train from the checkpoint, if there is one, to the last step, or to `stop_at`.
 
-        Returns a summary. Raises: LCCoError for a checkpoint that is damaged, of other settings or
-        of data that were edited since, and where the loss is not finite.
+        Returns a summary. Raises: LCCoError as `restore`, and where the loss is not finite.
         """
         self.restore()
-        e, steps, earlier = self.experiment, self.experiment.train.steps, self.state["seconds"]
-        background = e.loss.mask_background if self.source == "tower" else None
+        e, t = self.experiment, self.experiment.train
+        steps = range(self.state["step"], min(stop_at or t.steps, t.steps))
+        background = e.loss.mask_background if v_gt_source(e) == "tower" else None
         self.features.prepare(self.data, flip=e.data.flip, background=background)
         if self.holdout:
             self.features.prepare(self.holdout)
         with deterministic(self.features), ThreadPoolExecutor(1) as loader:
-            threads = torch.get_num_threads()
-            self._loop(range(self.state["step"], min(stop_at or steps, steps)), loader)
-        if self.state["step"] >= steps:
-            self._save_weights("last.safetensors")
-        more = {"parameters": self.learned, "threads": threads, "seconds_before": earlier}
-        return self.state | more
-
-    def _loop(self, steps: range, loader: ThreadPoolExecutor) -> None:
-        """The steps; the loader makes a batch while the one before is learned from."""
-        began = saved = time.monotonic()
-        coming = loader.submit(self.batch, steps.start) if steps else None
-        what = f"training {self.experiment.name} (seed {self.experiment.seed})"
-        for n in progress((step + 1 for step in steps), what, len(steps)):
-            batch = coming.result().to(self.accelerator.device)
-            coming = loader.submit(self.batch, n) if n in steps else None
-            self.since.append(self.step(batch))
-            due = n % self.experiment.train.eval_every == 0 or n == self.experiment.train.steps
-            if due or n % LOG_EVERY == 0:
-                self._log(due)
-            # Only after a line of the log, so that a log is the same however a run was cut.
-            rest = time.monotonic() - saved > 60 and n % LOG_EVERY == 0
-            if rest or due or n == steps.stop:
+            here, before = environment(), self.state["machines"]
+            self.state["machines"] = [one for one in before if one != here] + [here]
+            began = saved = time.monotonic()
+            coming = loader.submit(self.batch, steps.start)
+            what = f"training {e.name} (seed {e.seed})"
+            for n in progress((step + 1 for step in steps), what, len(steps)):
+                batch = send_to_device(coming.result(), self.accelerator.device)
+                coming = loader.submit(self.batch, n)  # while this one is learned from
+                self.since.append(self.step(batch))
+                due = n % t.eval_every == 0 or n == t.steps
+                if line := due or n % LOG_EVERY == 0:
+                    self._log(due)
                 self.state["seconds"] += time.monotonic() - began
-                began = saved = time.monotonic()
-                self.save()
+                began = time.monotonic()
+                # Only after a line of the log, so that a log is the same however a run was cut.
+                if due or n == steps.stop or (line and began - saved > 60):
+                    self.save()
+                    saved = began
+        if self.state["step"] >= t.steps:
+            self._save_weights("last")
+        return self.state | {"parameters": self.learned}
 
-    def batch(self, step: int) -> Batch:
-        """This process's groups of a step (0-based)."""
-        return batch(
-            self.features, self.vocabulary, self.data, self.sampler.draws(step)[self.mine],
-            v_gt=self.source, background=self.experiment.loss.mask_background,
-        )  # fmt: skip
+    def batch(self, step: int) -> dict[str, Any]:
+        """This process's groups of a step (0-based), B of N images, on the CPU.
 
-    def step(self, batch: Batch) -> dict[str, Tensor]:
+        images: [B, N, 3, S, S] in 0..1, or None; maps: the leading frozen ones [B, N, C, h, w], or
+        None; embeddings: [B, N, D]; truth: uint8 [B, N, S, S] of {0, 1, 255 = void}; true: [B] the
+        class that v^gt marks, −1 = unknown, or None.
+        """
+        f, a, source = self.features, self.accelerator, v_gt_source(self.experiment)
+        draws = self.sampler.draws(step)[a.process_index :: a.num_processes]
+        pairs, shape = [(i, d.classes) for d in draws for i in d.items], (len(draws), -1)
+        items, flips, crops = ([x for d in draws for x in getattr(d, name)]
+                               for name in ("items", "flips", "crops"))  # fmt: skip
+        images, maps = f.visual(self.data, items, flips, crops)
+        truths = [f.truth(self.data, *p, crop) for p, crop in zip(pairs, crops, strict=True)]
+        truths = [t[:, ::-1] if flip else t for t, flip in zip(truths, flips, strict=True)]
+        true = None
+        if source == "name":  # −1: no such word, or a group that shares several classes
+            single = [d.classes[0] if len(d.classes) == 1 else "" for d in draws]
+            words = [target_word(name, self.vocabulary.words) for name in single]
+            true = torch.tensor([-1 if word is None else word for word in words])
+        elif source == "tower":
+            masked = f.masked(self.data, pairs, self.experiment.loss.mask_background)
+            masked, every = masked.unflatten(0, shape), torch.ones(1, 1, dtype=torch.bool)
+            true = true_class(masked, self.vocabulary.embeddings, every)
+        return {
+            "images": None if images is None else images.unflatten(0, shape),
+            "maps": maps and [m.unflatten(0, shape) for m in maps], "true": true,
+            "embeddings": f.embeddings(self.data, items).unflatten(0, shape),
+            "truth": torch.from_numpy(np.stack(truths)).unflatten(0, shape),
+        }  # fmt: skip
+
+    def step(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """One step of the optimiser. Returns the loss and its parts."""
         e, a = self.experiment, self.accelerator
+        maps = batch["maps"] and [m.float() for m in batch["maps"]]
         if not self.model.training:  # after a validation
             self.net.train()
         with torch.autocast(a.device.type, torch.bfloat16, enabled=e.train.precision == "bf16"):
-            out = self.net(
-                batch.images, batch.embeddings, self.text, maps=batch.maps, present=batch.present,
-                target=self._given(batch),
-            )  # fmt: skip
+            text = self.vocabulary.embeddings.to(a.device)
+            out = self.net(batch["images"], batch["embeddings"], text, maps=maps)
         weights = e.loss.model_dump(include={"lambda_cs", "lambda_c", "lc_reduction", "bce"})
-        loss, parts = total_loss(out, batch.truth, batch.present, batch.true, **weights)
+        present = torch.ones(out.logits.shape[:2], dtype=torch.bool, device=a.device)
+        loss, parts = total_loss(out, batch["truth"], present, batch["true"], **weights)
         if a.num_processes > 1:  # they wait for the gradient of every output
             every = (out.logits, out.coarse, out.class_logits)
             loss = loss + 0 * sum(o.float().sum() for o in every if o is not None)
@@ -179,120 +234,69 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.state["step"] += 1
-        self._average()
+        if e.train.ema:
+            self._average()
         return {k: v.detach() for k, v in {"loss": loss, **parts}.items()}
-
-    def _given(self, batch: Batch) -> Tensor | None:
-        """The true class of a share of the groups, which the network is then told; −1 = not."""
-        e = self.experiment
-        if not e.data.given or batch.true is None:
-            return None
-        lots = np.random.default_rng((e.seed, self.state["step"], 1)).random(self.sampler.n)
-        told = torch.from_numpy(lots < e.data.given)[self.mine].to(batch.true.device)
-        return batch.true.where(told, -1)
 
     @torch.no_grad()
     def _average(self) -> None:
-        """The weights' moving average; the first steps' is short, to forget the initial weights."""
-        if self.ema is None:
-            return
+        """Move the average; the first steps' is short, to forget the initial weights."""
         step, now = self.state["step"], trained_state(self.model)
         decay = min(self.experiment.train.ema, step / (9 + step))
-        floats = [k for k, v in self.ema.items() if v.is_floating_point()]
-        torch._foreach_lerp_([self.ema[k] for k in floats], [now[k] for k in floats], 1 - decay)
-        for k in self.ema.keys() - floats:
-            self.ema[k].copy_(now[k])
-
-    def validate(self) -> float:
-        """J on the holdout of the weights that would be saved, as a run's predictor would score."""
-        own = {k: v.detach().clone() for k, v in trained_state(self.model).items()}
-        self.model.load_state_dict(self.ema or own, strict=False)
-        predictor = Predictor(self.model, self.features, self.vocabulary)
-        score = holdout_score(predictor, self.holdout, self.experiment.data.group_size)
-        self.model.load_state_dict(own, strict=False)
-        return score
+        for name, mean in trained_state(self.averaged).items():
+            if mean.is_floating_point():
+                mean.lerp_(now[name], 1 - decay)
+            else:
+                mean.copy_(now[name])
 
     def _log(self, due: bool) -> None:
         """A line of `metrics.jsonl`: mean losses since the line before; where due, holdout J."""
-        step, zero = self.state["step"], torch.zeros((), device=self.accelerator.device)
-        means = [sum(one.get(k, zero) for one in self.since) / len(self.since) for k in LOSSES]
-        means = self.accelerator.reduce(torch.stack(means), "mean").tolist()  # over processes
-        known = set().union(*self.since)
-        line = {k: v for k, v in zip(LOSSES, means, strict=True) if k in known}
-        line |= {"step": step, "lr": self.optimizer.param_groups[0]["lr"]}
+        step, line = self.state["step"], {}
+        for part in dict.fromkeys(k for one in self.since for k in one):
+            line[part] = fmean(float(one[part]) for one in self.since if part in one)
+        line |= {"step": step, "lr": self.optimizer.param_groups[-1]["lr"]}
         self.since = []
         if not math.isfinite(line["loss"]):
             said = f"the loss is {line['loss']} at step {step}"
             mend = "lower `train.lr`, or set `train.clip`; weights saved before are kept"
             raise LCCoError(f"{self.folder.name}: {said}; {mend}")
         if due and self.holdout:
-            line["holdout_J"] = self.validate()
-        if self.accelerator.is_main_process:
-            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as log:
-                log.write(json.dumps({k: round(v, 6) for k, v in line.items()}) + "\n")
-        if line.get("holdout_J", -1.0) > self.state["best"]:
-            self.state |= {"best": line["holdout_J"], "best_step": step}
-            self._save_weights("best.safetensors")
+            predictor = Predictor(self.averaged, self.features, self.vocabulary)  # as a run's is
+            score = holdout_score(predictor, self.holdout, self.experiment.data.group_size)
+            line["holdout_J"] = score
+            if score > self.state["best"]:
+                self.state |= {"best": score, "best_step": step}
+                self._save_weights("best", score)
+        self.log.append({k: round(v, 6) for k, v in line.items()})
 
-    def _save_weights(self, name: str) -> None:
+    def _save_weights(self, name: str, score: float | None = None) -> None:
         if self.accelerator.is_main_process:
-            step, best = self.state["step"], self.state["best"]
-            save_model(
-                self.folder / name, self.ema or trained_state(self.model), self.experiment,
-                self.features, self.vocabulary, step=step,
-                holdout_J=best if step == self.state["best_step"] else None,
-            )  # fmt: skip
+            file, state = self.folder / f"{name}.safetensors", trained_state(self.averaged)
+            about = {"step": self.state["step"], "holdout_J": score}
+            save_model(file, state, self.experiment, self.features, self.vocabulary, **about)
 
     def save(self) -> None:
-        """Write the checkpoint that `restore` reads."""
+        """Write the log, and the checkpoint that `restore` reads."""
         if self.accelerator.is_main_process:
+            own = {"model": trained_state(self.model), "averaged": trained_state(self.averaged)}
+            own |= {"optimizer": self.optimizer.state_dict(), "data": self.data.identity()}
             with atomic_path(self.checkpoint) as part:
-                state = {"model": trained_state(self.model), "ema": self.ema, "state": self.state}
-                state |= {"optimizer": self.optimizer.state_dict(), "data": self.data.identity()}
-                torch.save(state, part)
+                torch.save(own | {"state": self.state, "log": self.log}, part)
+            lines = [f"{json.dumps(line)}\n" for line in self.log]
+            write_text(self.folder / "metrics.jsonl", "".join(lines))
 
     def restore(self) -> None:
-        """Take up the checkpoint, if there is one, and cut the log where it was saved."""
-        begun = self.checkpoint.is_file()
-        if begun:
-            self._load_checkpoint()
-        elif self.experiment.train.ema:
-            self.ema = {k: v.detach().clone() for k, v in trained_state(self.model).items()}
-        if not self.accelerator.is_main_process:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not begun:  # of a start that was given up
-            (self.folder / "best.safetensors").unlink(missing_ok=True)
-        log = self.folder / "metrics.jsonl"
-        if log.is_file():
-            lines = [n for n in log.read_text(encoding="utf-8").splitlines() if n.endswith("}")]
-            kept = [n for n in lines if json.loads(n)["step"] <= self.state["step"]]
-            write_text(log, "".join(f"{n}\n" for n in kept))
+        """Take up the checkpoint, if there is one.
 
-    def _load_checkpoint(self) -> None:
-        try:
+        Raises: LCCoError where it is damaged, or of other settings, or data were edited since.
+        """
+        if not self.checkpoint.is_file():
+            return
+        with reading(self.checkpoint, "a checkpoint of this training: remove it to start again"):
             saved = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
             self.model.load_state_dict(saved["model"], strict=False)
+            self.averaged.load_state_dict(saved["averaged"], strict=False)
             self.optimizer.load_state_dict(saved["optimizer"])
-            self.state, data, device = saved["state"], saved["data"], self.accelerator.device
-            self.ema = saved["ema"] and {k: v.to(device) for k, v in saved["ema"].items()}
-        except Exception as error:  # zip, pickle and shape errors all mean the same to a user
-            what = f"damaged, or from other settings ({type(error).__name__})"
-            raise LCCoError(f"{self.checkpoint}: {what}; remove it and start again") from None
-        if data != self.data.identity():
-            what = f"{self.data.name} was edited since; remove it and start again"
-            raise LCCoError(f"{self.checkpoint}: {what}")
-
-
-def start_from(model: LCCo, experiment: Experiment, vocabulary: Vocabulary) -> None:
-    """Fill all but the backbone with the weights of `train.start`.
-
-    Raises: LCCoError if that is a model of other settings, or of another vocabulary.
-    """
-    file = model_file(experiment.train.start)
-    check_words(file, read_about(file), experiment, vocabulary)
-    own, state = model.state_dict(), read_tensors(file)
-    for k in [k for k in own if not k.startswith("backbone.")]:
-        if k not in state or state[k].shape != own[k].shape:
-            raise LCCoError(f"{file}: not a model of these settings: `{k}` differs")
-        own[k].copy_(state[k])
+            self.state, self.log = saved["state"], saved["log"]
+            if saved["data"] != self.data.identity():
+                raise ValueError(f"{self.data.name} was edited since")

@@ -1,0 +1,93 @@
+"""The pages of results: written tables read again, and what a profile's page and the index say."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+from test_tables import LITE, main, measured, runs_of
+
+from lcco.common import LCCoError
+from lcco.config import load_profile
+from lcco.experiment.tables import MEASURED, ROW_FIELDS, Table, quoted_rows, with_paper
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def report(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(ROOT / "workflow"))
+    import report
+
+    return report
+
+
+def test_a_written_table_is_read_again_the_same(report, tmp_path: Path):
+    rows = pd.concat([main().rows, quoted_rows(LITE)], ignore_index=True)
+    table = Table("table1_main", rows, title="Table 1", index=("row", "train_set"))
+    table.write(tmp_path, runs_of(table))
+    again = report.read_table(tmp_path / "table1_main.csv")
+    assert again.runs == table.runs and len(again.runs) == 6
+    assert again.markdown() == table.markdown() and again.latex() == table.latex()
+    assert (tmp_path / "table1_main.md").read_text(encoding="utf-8") == table.markdown()
+    header = (tmp_path / "table1_main.csv").read_text().splitlines()[0].split(",")
+    assert tuple(header[: len(ROW_FIELDS)]) == ROW_FIELDS
+    (tmp_path / "table1_main.records.json").unlink()
+    with pytest.raises(LCCoError, match=r"table1_main.csv: not a written table"):
+        report.read_table(tmp_path / "table1_main.csv")
+
+
+@pytest.mark.parametrize(
+    "folder", sorted(p.parent for p in (ROOT / "results").glob("*/table1_main.csv"))
+)
+def test_every_committed_table_is_what_its_rows_make(report, folder: Path):
+    for table in report.written_tables(folder):
+        file = folder / f"{table.name}.md"
+        assert file.read_text(encoding="utf-8").split() == table.markdown().split(), file
+        tex = file.with_suffix(".tex").read_text(encoding="utf-8")
+        assert tex.split() == table.latex().split(), table.name
+        done = table.rows[table.rows["status"] == MEASURED]
+        assert set(done["run"].dropna()) <= set(table.runs)  # costs and classes name none
+        assert folder.name in set(table.rows["profile"])
+        assert table.name == "cost" or table.rows["profile"].nunique() == 1  # costs compare them
+        others = table.rows["status"].drop(done.index)
+        assert others.str.startswith("not run: ").all()
+
+
+def test_a_profiles_page(report, tmp_path: Path):
+    folder = tmp_path / "lite"
+    table = main(index=("row",))
+    table.write(folder, runs_of(table))
+    rows = measured("SAM", [60.0], table="table5_foundation")
+    Table("table5_foundation", with_paper(pd.DataFrame(rows)), title="Table 5").write(
+        folder, [SimpleNamespace(path=Path("SAM-0"), record={"rival": "SAM"})]
+    )
+    records = folder / "table1_main.records.json"
+    records.write_text(records.read_text().replace('"seconds": 60.0', '"seconds": 0', 1))
+    (folder / "notebooks").mkdir()
+    (folder / "notebooks" / "01_main_results.ipynb").write_text("{}")
+    text = report.results_readme(folder).read_text(encoding="utf-8")
+    headline = "LCCo against its Baseline, in points of J: +10.5 on MSRC7."
+    about = load_profile("lite").about.strip()
+    assert text.startswith(f"# Results at profile `lite`\n\n{headline}\n\n{about}\n\n")
+    assert "[01_main_results](notebooks/01_main_results.ipynb)" in text
+    assert "6 on cpu; 5 min 00 s in all; of 1 the time was not recorded." in text
+    assert text.index("## Table 1") < text.index("## Table 5") < text.index("## Made on")
+    assert "**61.0 ± 1.0**" in text and "– not run: data not found (internet300);" in text
+    assert "[csv](table1_main.csv), [tex](table1_main.tex)" in text and "\n\n\n" not in text
+
+
+def test_the_index_shows_profiles_beside_each_other_and_the_paper(report, tmp_path: Path):
+    for profile, J in (("lite", 60.0), ("embedded", 40.0)):
+        rows = pd.DataFrame(measured("SAM", [J], table="table5_foundation"))
+        rows = with_paper(rows.assign(profile=profile))
+        table = Table("table5_foundation", rows, title="Table 5")
+        table.write(tmp_path / profile, runs_of(table))
+    text = report.results_index(tmp_path).read_text(encoding="utf-8")
+    assert "## Table 5" in text and load_profile("lite").about.strip() in text
+    assert all(head in text for head in ("embedded, MSRC7 J", "lite, MSRC7 J", "paper (iCoseg) J"))
+    line = next(line for line in text.splitlines() if line.startswith("| SAM"))
+    assert re.findall(r"[\d.]+", line) == ["40.0", "60.0", "69.17", "35.30"]
