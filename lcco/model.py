@@ -19,6 +19,7 @@ from torchvision.ops import Conv2dNormActivation  # conv (3×3), norm, ReLU
 
 HEADS = 4  # of both attentions, as in SuperGlue
 STAGES = (2, 3, 4)  # where F¹, F², F³ are refined with placement `encoder`
+Step = tuple[int, nn.Module, Tensor]  # a module's stride or stage, itself, what it refines by
 
 
 @dataclass
@@ -237,8 +238,6 @@ class CLIPRegularization(nn.Module):
         """The most likely class [B]. Paper: Eq. (6)."""
         # i* = argmax_p v_p: the softmax keeps the order
         return class_logits.argmax(dim=-1)  # [B]
-
-Step = tuple[int, nn.Module, Tensor]  # the stride (or stage) of a module, and what it refines by
 
 
 class LCCo(nn.Module):

@@ -41,7 +41,7 @@ TIMES = ("seconds", "environment", "scored_by", "begun_on")
 def start(kind: str, folder: Path) -> subprocess.Popen:
     """Begin a kind of work, with its store in a folder."""
     stores = {"LCCO_RUNS": str(folder / "runs"), "LCCO_CACHE": str(folder / "cache")}
-    here = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "LCCO_OFFLINE": "1"}
+    here = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     keep = {k: v for k, v in os.environ.items() if k not in ("LCCO_DATA", "LCCO_CALLER")}
     how = {"cwd": folder, "env": keep | stores | here, "start_new_session": True}
     with open(folder / "said.txt", "a") as said:

@@ -197,7 +197,7 @@ MUTANTS = {
         ("sorted(own[c], key=key)", "list(own[c])"),
         ("for c in sorted(own) if own[c]}", "for c in sorted(own)}"),
         ("groups(items, group_size, seed, label)", "groups(items, group_size, 0, label)"),
-        ("count(mask, ready, p.ignore_void)", "count(mask, ready, True)"),
+        ("count(mask, ready), mask", "count(mask, ready, False), mask"),
         ("p.truth(self.truth(i, label), self.grey(i))", "p.truth(self.truth(i, label))"),
         ('jaccard("one")', 'jaccard("zero")'),
         ("m.max() <= 1 + 1e-4", "m.max() <= 2"),

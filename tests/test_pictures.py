@@ -204,8 +204,8 @@ def test_errors_are_one_line_that_names_the_file(tmp_path: Path) -> None:
     for name in ("text.png", "photo.heic", "none.tif"):
         (tmp_path / name).write_bytes(b"no picture")
     (tmp_path / "none.tif").unlink()
-    words = {"half.jpg": "corrupt or unsupported .*put back a sound PNG or JPEG",
-             "text.png": "corrupt or unsupported", "photo.heic": "corrupt or unsupported",
+    words = {"half.jpg": "corrupt picture or unknown kind .*put back a sound PNG or JPEG",
+             "text.png": "corrupt picture", "photo.heic": "corrupt picture or unknown kind",
              "none.tif": "no such file"}  # fmt: skip
     for name, word in words.items():
         with pytest.raises(LCCoError, match=f"{name}: {word}") as caught:

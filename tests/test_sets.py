@@ -706,8 +706,8 @@ def _fault_mask(root: Path) -> None:
     [
         (_fault_missing_mask, "cow/co_01.png: no such file; put it back or take its picture out"),
         (_fault_size, r"mask of .40, 32. pixels for image cow/co_01 of .48, 32.; make them one"),
-        (_fault_image, "co_01.jpg: corrupt or unsupported .*put back a sound PNG or JPEG"),
-        (_fault_mask, "co_01.png: corrupt or unsupported .*put back a sound PNG or JPEG"),
+        (_fault_image, "co_01.jpg: corrupt picture or unknown kind .*put back a sound PNG or JPEG"),
+        (_fault_mask, "co_01.png: corrupt picture or unknown kind .*put back a sound PNG or JPEG"),
     ],
 )
 def test_faults_are_one_line_naming_the_file(tmp_path: Path, fault, words: str) -> None:

@@ -7,8 +7,8 @@ occluded. Most pictures hold objects of two or three classes: only a set tells w
 from __future__ import annotations
 
 import colorsys
+import functools
 from collections.abc import Collection, Iterator, Sequence
-from functools import cache, lru_cache
 from itertools import permutations
 from pathlib import Path
 
@@ -28,14 +28,8 @@ _NAMES = (Path(__file__).parents[1] / "vocab/glyphs.txt").read_text(encoding="ut
 CLASSES: dict[str, str] = dict(zip(_NAMES, _TRAIN + _TEST, strict=True))  # name → symbol
 TRAIN_CLASSES, TEST_CLASSES = tuple(_NAMES[: len(_TRAIN)]), tuple(_NAMES[len(_TRAIN) :])
 _LABELS = {name: n for n, name in enumerate(CLASSES, 1)}
-_LINE_ART = frozenset({  # the outline is filled and the lines stand on it, darker
-    "snowman", "smiling face", "chess king", "die", "envelope", "pencil", "house", "monkey",
-    "teacup", "skull", "cat", "yin yang",
-})  # fmt: skip
-_OPEN = frozenset({  # one sees the background through the holes; those of others have a shade
-    "ship wheel", "recycling sign", "scales", "scissors", "snowflake", "anchor", "gear",
-    "music note",
-})  # fmt: skip
+_LINE_ART = "☃☺♔⚄✉✎⌂🐵☕☠🐱☯"  # the outline is filled and the lines stand on it, darker
+_OPEN = "☸♻⚖✂❄⚓⚙♬"  # one sees the background through the holes; those of others have a shade
 _GREY = (0.299, 0.587, 0.114)
 _TRIES = 40  # of a colour and of a layout
 _Scene = tuple[str, tuple[str, ...], tuple[str, ...]]  # key, classes, groups
@@ -43,7 +37,7 @@ _COUNTS = {"pretrain": 4000, "train": 3000, "holdout": 300, "test": 25, "choice"
 _GRID = 2  # objects are rasterised this many times finer and averaged down, for smooth edges
 
 
-@cache
+@functools.cache
 def _contours(name: str) -> list[tuple[np.ndarray, bool]]:
     """A symbol's contours, largest first, in a centred box of longest side 1 (y down).
 
@@ -69,21 +63,22 @@ def _raster(name: str, extent: float, angle: float) -> tuple[np.ndarray, np.ndar
     body, ink = (Image.new("L", (side * _GRID, side * _GRID)) for _ in range(2))
     paint_body, paint_ink = ImageDraw.Draw(body), ImageDraw.Draw(ink)
     stroke = max(1, round(extent * _GRID / 36))  # for thin symbols
+    hollow, line_art = CLASSES[name] in _OPEN, CLASSES[name] in _LINE_ART
     for polygon, adds in _contours(name):
         points = [tuple(p) for p in (polygon @ turn + side * _GRID / 2).tolist()]
         paint_ink.polygon(points, fill=255 * adds)
-        if adds or name not in _OPEN:
+        if adds or not hollow:
             paint_body.polygon(points, fill=255)
             paint_body.line(points, fill=255, width=stroke, joint="curve")
         else:
             paint_body.polygon(points, fill=0)
-        if adds and name not in _LINE_ART:
+        if adds and not line_art:
             paint_ink.line(points, fill=255, width=stroke, joint="curve")
     cover, lines = (np.asarray(m.reduce(_GRID), np.float32) / 255 for m in (body, ink))
-    return cover, (1 - lines if name in _LINE_ART else lines)
+    return cover, (1 - lines if line_art else lines)
 
 
-@cache
+@functools.cache
 def _scale(name: str) -> float:
     """How much larger a thin or flat symbol is drawn, so that classes cover similar areas."""
     cover, _ = _raster(name, 64.0, 0.0)
@@ -92,10 +87,9 @@ def _scale(name: str) -> float:
 
 def _window(corner: np.ndarray, side: int, size: int) -> tuple[tuple[slice, ...], ...]:
     """Where a patch with its upper left at `corner` (x, y) falls, and which part of it does."""
-    low, high = np.maximum(corner, 0), np.minimum(corner + side, size)
-    place = [slice(int(a), int(b)) for a, b in zip(low, high, strict=True)]
-    part = [slice(int(a), int(b)) for a, b in zip(low - corner, high - corner, strict=True)]
-    return (place[1], place[0]), (part[1], part[0])
+    there = [slice(max(c, 0), min(c + side, size)) for c in corner[::-1].tolist()]
+    part = [slice(t.start - c, t.stop - c) for t, c in zip(there, corner[::-1], strict=True)]
+    return tuple(there), tuple(part)
 
 
 def _texture(rng: np.random.Generator, side: int, size: int, depth: float) -> np.ndarray:
@@ -201,7 +195,8 @@ class GlyphWorld(CoSegData):
         groups = {c: items for c, items in groups.items() if items}
         super().__init__(f"glyphworld_{fold}", "glyphworld", keys, groups)
         self.size, self._seed = size, list(_COUNTS).index(fold)
-        self._drawn = lru_cache(512)(lambda i: draw(self.scenes[i], (self._seed, i), size))
+        remembered = functools.lru_cache(512)
+        self._drawn = remembered(lambda i: draw(self.scenes[i], (self._seed, i), size))
 
     def image(self, i: int) -> Image.Image:
         return self._drawn(i)[0].copy()

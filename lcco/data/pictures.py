@@ -68,7 +68,8 @@ def _opened(path: Path | str) -> Iterator[Image.Image]:
             yield image
     except Exception as error:
         told = one_line(error).split("<")[0].strip()[:80] or type(error).__name__
-        what = str(getattr(error, "strerror", None) or f"corrupt or unsupported ({told})").lower()
+        told = f"corrupt picture or unknown kind ({told})"
+        what = str(getattr(error, "strerror", None) or told).lower()
         raise bad(path, what, "put back a sound PNG or JPEG") from None
 
 

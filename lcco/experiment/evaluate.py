@@ -121,7 +121,7 @@ class _Scorer:
         """A map against the truth of item i: the counts, and the mask that it became."""
         ready = p.truth(self.truth(i, label), self.grey(i))
         mask = p.binarise(values, ready.shape)
-        return count(mask, ready, p.ignore_void), mask
+        return count(mask, ready), mask  # `truth` leaves void only where it is ignored
 
     def score(self, sets: list[_Set], protocols: Mapping[str, Protocol]) -> dict[str, Evaluation]:
         rows: dict[str, list[dict[str, Any]]] = {name: [] for name in protocols}

@@ -105,9 +105,8 @@ class Rival:
         slug = re.sub("[^a-z0-9]+", "-", self.name.lower()).strip("-")
         return place("cache") / "rivals" / f"{slug}-{digest(self.record, 10)}"
 
-    def evaluate(
-        self, test: CoSegData, protocols: Sequence[str], group_size: int = 5
-    ) -> dict[str, Evaluation]:
+    def evaluate(self, test: CoSegData, protocols: Sequence[str],
+                 group_size: int = 5) -> dict[str, Evaluation]:  # fmt: skip
         """Scores under protocols (`choice` too), each computed once and kept. Raises: Missing."""
         on, out = {"digest": test.digest(), "masks": test.truth_digest()}, {}
         for p in protocols:
@@ -369,9 +368,10 @@ class Clustering(Rival):
     def patches(self, data: CoSegData, items: Sequence[int]) -> Tensor:
         """Unit features [N, h, w, D] of the third stage, on twice its grid."""
         images, maps = self.features.visual(data, items)
-        x = maps[:3][-1].float() if maps else self.net.normalise(images)
+        x = (maps[:3][-1].float() if maps else images).to(self.device)
+        x = x if maps else self.net.normalise(x)
         for stage in self.net.stages[len(maps or ()) : 3]:
-            x = stage(x.to(self.device))
+            x = stage(x)
         fine = F.interpolate(x, scale_factor=2, mode="bilinear")
         return F.normalize(fine, dim=1).permute(0, 2, 3, 1).cpu()
 
@@ -418,14 +418,11 @@ RIVALS: dict[str, type[Rival]] = {  # in the order of Table 5; LCCo's rows stand
 }  # fmt: skip
 
 
-def rivals(
-    names: Sequence[str], features: Features, words: Vocabulary,
-    weights: Mapping[str, str] | None = None,
-) -> dict[str, Rival]:  # fmt: skip
+def rivals(names: Sequence[str], features: Features, words: Vocabulary,
+           weights: Mapping[str, str] | None = None) -> dict[str, Rival]:  # fmt: skip
     """Row of Table 5 → its rival, for names in `RIVALS`; nothing is loaded yet.
 
-    weights: model ("sam", "sam3", "clipseg", "seem") → a local path. Raises: LCCoError for another
-    name.
+    weights: model ("sam", "sam3", "clipseg", "seem") → a local path. Raises: LCCoError.
     """
     if unknown := [name for name in names if name not in RIVALS]:
         raise LCCoError(f"no rival `{unknown[0]}`; there are: {', '.join(RIVALS)}")
