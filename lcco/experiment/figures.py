@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from io import BytesIO
 from itertools import cycle
 from pathlib import Path
 from textwrap import fill, shorten
@@ -15,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from PIL import Image
 from scipy.ndimage import binary_dilation, binary_erosion
 
 from lcco.experiment.tables import label, paired
@@ -37,7 +39,8 @@ def new_figure(width: float = PAGE, height: float = 2.4, **grid: Any) -> tuple[F
 def show(figure: Figure, folder: Path, name: str, text: str, photos: bool = False) -> None:
     """Write `<name>.png`, which carries the caption, and `.pdf`; show both in a notebook.
 
-    photos: it shows photographs of third parties; it goes to `photos/`, which git ignores.
+    The notebook holds pictures as JPEG, a quarter as large. photos: it shows photographs of third
+    parties; it goes to `photos/`, which git ignores.
     """
     from IPython import display
 
@@ -46,8 +49,10 @@ def show(figure: Figure, folder: Path, name: str, text: str, photos: bool = Fals
     for suffix, about in (("pdf", {"CreationDate": None}), ("png", png)):
         with atomic_path(folder / f"{name}.{suffix}") as part:
             figure.savefig(part, format=suffix, dpi=200, metadata=about)
-    drawn = display.Image(str(folder / f"{name}.png"), width=round(110 * figure.get_figwidth()))
-    display.display(drawn, display.Markdown(text))
+    shown, width = BytesIO(), round(110 * figure.get_figwidth())
+    kind = "JPEG" if any(axes.images for axes in figure.axes) else "PNG"
+    Image.open(folder / f"{name}.png").convert("RGB").save(shown, kind, quality=85)
+    display.display(display.Image(shown.getvalue(), width=width), display.Markdown(text))
 
 
 def overlay(image: np.ndarray, mask: np.ndarray) -> np.ndarray:

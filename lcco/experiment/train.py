@@ -221,7 +221,8 @@ class Trainer:
         """One step of the optimiser. Returns the loss and its parts."""
         e, a = self.experiment, self.accelerator
         maps = batch["maps"] and [m.float() for m in batch["maps"]]
-        self.net.train()
+        if not self.model.training:  # after a validation
+            self.net.train()
         with torch.autocast(a.device.type, torch.bfloat16, enabled=e.train.precision == "bf16"):
             text = self.vocabulary.embeddings.to(a.device)
             how = {"maps": maps, "target": batch["given"]}
