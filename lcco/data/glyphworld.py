@@ -184,8 +184,7 @@ class GlyphWorld(CoSegData):
 
     def __init__(self, fold: str, found: Sequence[_Scene], size: int) -> None:
         keys, self.scenes, own = zip(*found, strict=True)
-        held = sorted(set().union(*own))
-        groups = {c: [i for i, classes in enumerate(own) if c in classes] for c in held}
+        groups = {c: [i for i, held in enumerate(own) if c in held] for c in set().union(*own)}
         super().__init__(f"glyphworld_{fold}", "glyphworld", keys, groups)
         self.size, self._seed = size, list(_COUNTS).index(fold)
         self._drawn = lru_cache(512)(lambda i: draw(self.scenes[i], (self._seed, i), size))
@@ -207,7 +206,7 @@ class GlyphWorld(CoSegData):
         return digest([VERSION, self._seed, i, self.size, self.scenes[i]], 16)
 
 
-@functools.lru_cache(maxsize=8)  # with the pictures that were drawn
+@lru_cache(maxsize=8)  # with the pictures that were drawn
 def glyphworld(fold: str, n: int | None = None, size: int = 128) -> CoSegData:
     """One fold of GlyphWorld; always the same pictures, each in the groups of all its objects.
 

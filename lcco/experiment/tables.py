@@ -1,7 +1,4 @@
-"""Tidy rows (`ROW_FIELDS`; per cent) to tables: collected from runs; as csv, markdown and LaTeX.
-
-The paper's numbers are read from `lcco/paper/*.csv` as text: they keep their printed decimals.
-"""
+"""Tidy rows (`ROW_FIELDS`; per cent) to tables: collected from runs; as csv, markdown and LaTeX."""
 
 from __future__ import annotations
 
