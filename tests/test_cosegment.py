@@ -129,7 +129,7 @@ def test_same_probabilities_as_a_data_set_of_the_same_pictures(model, photos):
     from lcco.data import CoSegData
 
     paths = sorted(photos.iterdir())
-    data = CoSegData("photos", "test", [p.name for p in paths], {})
+    data = CoSegData("photos", "test", [p.name for p in paths])
     data.files = [(p, p) for p in paths]
     want = Predictor(model.model, model.features, model.vocabulary, keep=False)(data, range(4))
     got = np.stack([r.probability for r in cosegment(photos, weights=model)])

@@ -88,7 +88,7 @@ class COCOData(CoSegData):
             what = f"no category has {min_images} images with an instance over {min_area:g} px"
             raise bad(self.file, what, ", ".join([*self.left_out, ("give another folder",)][0]))
         self.keys = tuple(sorted(set().union(*groups.values())))
-        self._classes = [frozenset(c for c in groups if key in groups[c]) for key in self.keys]
+        self.classes = [frozenset(c for c in groups if key in groups[c]) for key in self.keys]
         self.files = [(folder / key, self.file) for key in self.keys]
         self._objects = [objects[key] for key in self.keys]
         small = sorted({image.file_name for image in document.images}.difference(self.keys))

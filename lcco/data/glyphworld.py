@@ -191,9 +191,9 @@ class GlyphWorld(CoSegData):
 
     def __init__(self, fold: str, found: Sequence[_Scene], size: int) -> None:
         keys, self.scenes, own = zip(*found, strict=True)
-        groups = {c: [i for i, classes in enumerate(own) if c in classes] for c in CLASSES}
-        groups = {c: items for c, items in groups.items() if items}
-        super().__init__(f"glyphworld_{fold}", "glyphworld", keys, groups)
+        super().__init__(f"glyphworld_{fold}", "glyphworld", keys)
+        groups = {c: tuple(i for i, held in enumerate(own) if c in held) for c in sorted(CLASSES)}
+        self.groups = {c: items for c, items in groups.items() if items}
         self.size, self._seed = size, list(_COUNTS).index(fold)
         remembered = functools.lru_cache(512)
         self._drawn = remembered(lambda i: draw(self.scenes[i], (self._seed, i), size))

@@ -40,19 +40,18 @@ def is_system(name: str) -> bool:
     return name.startswith(".") or name.casefold() in _SYSTEM
 
 
-def listing(folder: Path) -> tuple[list[Path], dict[str, list[str]]]:
-    """The pictures of a folder by name; and by reason what else is in it, but for its folders.
+def listing(folder: Path) -> tuple[list[Path], list[str]]:
+    """The pictures of a folder by name; and what else is in it, but for folders and system files.
 
-    Hidden and system files are in neither. Raises: LCCoError for a folder that cannot be read.
+    Raises: LCCoError for a folder that cannot be read.
     """
     try:
         entries = sorted(folder.iterdir(), key=lambda e: (e.name.casefold(), e.name))
     except OSError as error:
         raise bad(folder, str(error.strerror), "give a folder with pictures") from None
     named = {e: e.suffix.lower() in ENDINGS for e in entries if not is_system(e.name)}
-    found = [entry for entry, picture in named.items() if picture and entry.is_file()]
-    others = sorted((named[e], e.name) for e in {*named} - {*found} if named[e] or not e.is_dir())
-    return found, {"no picture files": [name for _, name in others]} if others else {}
+    found = {e: e for e, picture in named.items() if picture and e.is_file()}
+    return [*found], [e.name for e in named if e not in found and (named[e] or not e.is_dir())]
 
 
 def pictures_in(folder: Path | str) -> list[Path]:
@@ -62,15 +61,14 @@ def pictures_in(folder: Path | str) -> list[Path]:
 
 @contextlib.contextmanager
 def _opened(path: Path | str) -> Iterator[Image.Image]:
-    """A picture file. What fails with it (decoders raise errors of many kinds) is one line."""
+    """A picture file; whatever a decoder raises becomes one line."""
     try:
         with open(path, "rb") as file, Image.open(file) as image:
             yield image
     except Exception as error:
         told = one_line(error).split("<")[0].strip()[:80] or type(error).__name__
-        told = f"corrupt picture or unknown kind ({told})"
-        what = str(getattr(error, "strerror", None) or told).lower()
-        raise bad(path, what, "put back a sound PNG or JPEG") from None
+        what = getattr(error, "strerror", None) or f"corrupt picture or unknown kind ({told})"
+        raise bad(path, what.lower(), "put back a sound PNG or JPEG") from None
 
 
 def _decoded(path: Path | str, side: int | None = None) -> Image.Image:
@@ -87,12 +85,11 @@ def _decoded(path: Path | str, side: int | None = None) -> Image.Image:
 def read_picture(path: Path | str, side: int | None = None) -> Image.Image:
     """A picture file as RGB uint8, as a viewer shows it: upright, transparent parts white.
 
-    Of an animation the first frame; more than 8 bits as `to_rgb` says. side: the shorter side may
-    shrink by whole factors down to this many pixels, which is fast. Raises: LCCoError.
+    Of an animation the first frame. side: the shorter side may shrink by whole factors down to
+    this many pixels, which is fast. Raises: LCCoError.
     """
     image = to_rgb(_decoded(path, side))
-    factor = min(image.size) // side if side else 1
-    return image.reduce(factor) if factor > 1 else image
+    return image.reduce(max(1, min(image.size) // side)) if side else image
 
 
 def picture_size(path: Path | str) -> tuple[int, int]:
