@@ -62,8 +62,8 @@ class _Document(BaseModel):
 class COCOData(CoSegData):
     """COCO's instances; an image is in a category's group by one (no crowd) of > `min_area` px.
 
-    Categories of one name are one; those with fewer than `min_images` such images are dropped. The
-    key is `file_name`. A mask is the union of all of the classes' annotations, crowds too.
+    Categories with fewer than `min_images` such images are dropped; those of one name are one. The
+    key is `file_name`. A mask unites all of the classes' annotations, crowds too.
     """
 
     def __init__(self, name: str, root: Path, min_images: int, min_area: float) -> None:
@@ -83,7 +83,7 @@ class COCOData(CoSegData):
             objects[image.file_name].append((category, image, found))
             if not found.iscrowd and found.area > min_area:
                 held[category].add(image.file_name)
-        groups = {c: held[c] for c in sorted(held) if len(held[c]) >= min_images}
+        groups = {c: names for c, names in held.items() if len(names) >= min_images}
         if not groups:
             what = f"no category has {min_images} images with an instance over {min_area:g} px"
             raise bad(self.file, what, ", ".join([*self.left_out, ("give another folder",)][0]))
@@ -91,8 +91,8 @@ class COCOData(CoSegData):
         self.classes = [frozenset(c for c in groups if key in groups[c]) for key in self.keys]
         self.files = [(folder / key, self.file) for key in self.keys]
         self._objects = [objects[key] for key in self.keys]
-        small = sorted({image.file_name for image in document.images}.difference(self.keys))
-        self.left_out += [("image left out", key, "no large instance") for key in small]
+        for key in sorted({image.file_name for image in document.images}.difference(self.keys)):
+            self.left_out.append(("image left out", key, "no large instance"))
 
     def _annotations(self, document: _Document) -> list[tuple[str, _Image, _Annotation]]:
         """The annotations that can be used, with their categories' names and their images."""

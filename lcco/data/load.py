@@ -29,10 +29,9 @@ _SETS: dict[str, tuple[Sequence[str], Sequence[str]]] = {
     **{f"pascal{part}": (["PASCAL_VOC"], []) for part in ("1037", "_fold_train", "_fold_test")},
     "coco_seg": (["coco", "COCO", "coco2017", "COCO2017"], []),
 }
-_LAYOUTS = {  # each with the files or folders that tell it
-    "voc": ("JPEGImages/", "SegmentationClass*"), "coco": ("annotations/instances_*.json",),
-    **SIDES, "rubinstein": ("*/GroundTruth",),
-}  # fmt: skip
+# layout → what is in such a folder
+_LAYOUTS = {"voc": ("JPEGImages/", "SegmentationClass*"), "coco": ("annotations/instances_*.json",),
+            **SIDES, "rubinstein": ("*/GroundTruth",)}  # fmt: skip
 _DRAWN = tuple(f"glyphworld_{f}" for f in ("pretrain", "train", "holdout", "test", "choice"))
 
 

@@ -30,8 +30,8 @@ def picture_hash(image: Image.Image) -> str:
 def _looks(hashes: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Bits [n, 2], thumbnails [n, cells] of mean 0 and variance 1, variances and tolerances [n].
 
-    Copies' thumbnails are apart by 0.002 of their variance, if busy by 0.04; those of two objects
-    on a plain ground by 0.005. So the tolerance grows with the share of the cells with detail.
+    Thumbnails of copies are apart by 0.002 of their variance, of busy ones by 0.04, of two objects
+    on a plain ground by 0.005: the tolerance grows with the share of cells with detail.
     """
     raw = np.frombuffer(bytes.fromhex("".join(hashes)), np.uint8).reshape(-1, CELLS**2 + 16)
     cells = raw[:, :-16].astype(np.float32)

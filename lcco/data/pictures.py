@@ -15,14 +15,11 @@ from lcco.common import VOID, LCCoError, one_line
 LOSSY = (".jpg", ".jpeg", ".jpe", ".jfif")  # masks in such files are binary only nearly
 ENDINGS = frozenset({
     *LOSSY, ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".avif", ".heic", ".heif", ".jp2",
-    ".ppm", ".pgm", ".pbm", ".pnm", ".tga",
-})  # fmt: skip
+    ".ppm", ".pgm", ".pbm", ".pnm", ".tga"})  # fmt: skip
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1 as shares of width and height
 
-_SYSTEM = {
-    "@eadir", "@tmp", "#recycle", "#snapshot", "__macosx", "$recycle.bin", "lost+found",
-    "system volume information", "thumbs.db", "desktop.ini",
-}  # fmt: skip
+_SYSTEM = {"@eadir", "@tmp", "#recycle", "#snapshot", "__macosx", "$recycle.bin", "lost+found",
+           "system volume information", "thumbs.db", "desktop.ini"}  # fmt: skip
 
 
 def bad(file: Path | str | None, what: str, mend: str) -> LCCoError:
@@ -112,8 +109,8 @@ def to_rgb(image: Image.Image | np.ndarray) -> Image.Image:
     if isinstance(image, np.ndarray):
         if not image.size or image.ndim < 2 or image.shape[2:] not in ((), (1,), (3,), (4,)):
             raise ValueError(f"an array of shape {list(image.shape)}; it must be [H, W, 1, 3 or 4]")
-        image = image[..., 0] if image.shape[2:] == (1,) else image
-    if isinstance(image, np.ndarray) or image.mode[0] in "FI":
+        image = _eight_bits(image[..., 0] if image.shape[2:] == (1,) else image)
+    elif image.mode[0] in "FI":
         image = _eight_bits(image)
     if image.has_transparency_data:
         image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")

@@ -41,8 +41,7 @@ class CoSegData:
     exhaustive = True  # False: an item's truth knows one class only, others may be in the picture
 
     def __init__(
-        self, name: str, layout: str, keys: Iterable[str] = (),
-        classes: Iterable[Iterable[str]] = (),
+        self, name: str, layout: str, keys: Iterable[str] = (), classes: Iterable[Iterable] = ()
     ) -> None:
         self.name, self.layout, self.keys = name, layout, tuple(keys)
         self.files: list[tuple[Path, Path]] = []
@@ -63,9 +62,8 @@ class CoSegData:
 
     def sized(self, i: int, mask: np.ndarray) -> np.ndarray:
         """The mask, if it has the size of image i. Raises: LCCoError if it has not."""
-        size, own = pictures.picture_size(self.files[i][0]), mask.shape[::-1]
-        if size != own:
-            what = f"mask of {own} pixels for image {self.keys[i]} of {size}"
+        if (size := pictures.picture_size(self.files[i][0])) != mask.shape[::-1]:
+            what = f"mask of {mask.shape[::-1]} pixels for image {self.keys[i]} of {size}"
             raise bad(self.files[i][1], what, "make them one size")
         return mask
 
