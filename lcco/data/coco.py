@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -62,8 +61,8 @@ class _Document(BaseModel):
 class COCOData(CoSegData):
     """COCO's instances; an image is in a category's group by one (no crowd) of > `min_area` px.
 
-    Categories with fewer than `min_images` such images are dropped; those of one name are one. The
-    key is `file_name`. A mask unites all of the classes' annotations, crowds too.
+    Categories of one name are one; those with fewer than `min_images` such images are dropped. The
+    key is `file_name`. A mask is the union of all of the classes' annotations, crowds too.
     """
 
     def __init__(self, name: str, root: Path, min_images: int, min_area: float) -> None:
@@ -77,12 +76,13 @@ class COCOData(CoSegData):
         except (OSError, ValueError, TypeError, RecursionError) as error:
             what = f"not a COCO instances file ({_told(error)})"
             raise bad(self.file, what, "export it again") from None
-        objects: dict[str, list[tuple[str, _Image, _Annotation]]] = defaultdict(list)
-        held: dict[str, set[str]] = defaultdict(set)
+        objects: dict[str, list[tuple[str, _Image, _Annotation]]] = {}
+        held: dict[str, set[str]] = {}
         for category, image, found in self._annotations(document):
-            objects[image.file_name].append((category, image, found))
+            objects.setdefault(image.file_name, []).append((category, image, found))
             if not found.iscrowd and found.area > min_area:
-                held[category].add(image.file_name)
+                held.setdefault(category, set()).add(image.file_name)
+        self._by("id", (found for own in objects.values() for _, _, found in own))
         groups = {c: names for c, names in held.items() if len(names) >= min_images}
         if not groups:
             what = f"no category has {min_images} images with an instance over {min_area:g} px"
@@ -94,11 +94,10 @@ class COCOData(CoSegData):
         for key in sorted({image.file_name for image in document.images}.difference(self.keys)):
             self.left_out.append(("image left out", key, "no large instance"))
 
-    def _annotations(self, document: _Document) -> list[tuple[str, _Image, _Annotation]]:
+    def _annotations(self, document: _Document) -> Iterator[tuple[str, _Image, _Annotation]]:
         """The annotations that can be used, with their categories' names and their images."""
         self._by("file_name", document.images)
         images, categories = self._by("id", document.images), self._by("id", document.categories)
-        usable = []
         for n, entry in enumerate(document.annotations, 1):
             try:
                 found = _Annotation.model_validate(entry)
@@ -109,14 +108,12 @@ class COCOData(CoSegData):
                 if isinstance(found.segmentation, _Runs) or not found.area:
                     pixels = float(_decoded(found, image).sum())  # and the runs are looked over
                     found.area = found.area or pixels
-                usable.append((category.name, image, found))
+                yield category.name, image, found
             except (ValueError, TypeError) as error:
                 key = entry.get("id", f"no. {n}") if isinstance(entry, dict) else f"no. {n}"
                 self.left_out.append(("entry left out", f"annotation {key}", _told(error)))
-        self._by("id", [found for _, _, found in usable])
-        return usable
 
-    def _by(self, field: str, entries: Sequence[Any]) -> dict[Any, Any]:
+    def _by(self, field: str, entries: Iterable[Any]) -> dict[Any, Any]:
         """Entries by a field. Raises: LCCoError for two that are the same there."""
         found: dict[Any, Any] = {}
         for entry in entries:

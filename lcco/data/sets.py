@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -69,7 +68,8 @@ class CoSegData:
 
     def grey_truth(self, i: int) -> np.ndarray | None:
         """uint8 [H, W]: the truth before its threshold, where its file is lossy (JPEG)."""
-        return None
+        lossy = self.files and self.files[i][1].suffix.lower() in LOSSY
+        return pictures.read_mask(self.files[i][1]) if lossy else None
 
     @cached_property
     def groups(self) -> Mapping[str, Sequence[int]]:
@@ -160,7 +160,7 @@ class CoSegData:
 
 def threaded(compute: Callable[[Any], Any], items: Sequence[Any], what: str) -> list[Any]:
     """`compute(item)` of each item, in threads, telling how far it is."""
-    with ThreadPoolExecutor(max(2, min(8, os.cpu_count() or 2))) as pool:
+    with ThreadPoolExecutor(8) as pool:
         return list(progress(pool.map(compute, items), what, len(items)))
 
 
@@ -254,10 +254,6 @@ class FolderData(CoSegData):
         if 0 < top < 128 and truth.suffix.lower() not in LOSSY:  # class numbers would read as empty
             raise bad(truth, f"mask has no value above {top}", "save the object as 255 (white)")
         return (grey > 127).astype(np.uint8)
-
-    def grey_truth(self, i: int) -> np.ndarray | None:
-        truth = self.files[i][1]
-        return pictures.read_mask(truth) if truth.suffix.lower() in LOSSY else None
 
 
 class VOCData(CoSegData):
