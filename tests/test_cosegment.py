@@ -326,7 +326,7 @@ def test_what_is_left_out_is_named(model, photos, tmp_path, capsys):
     os.mkfifo(photos / "pipe.jpg")
     cosegment_folder(photos, tmp_path / "out", weights=model)
     said = capsys.readouterr().err
-    for name in ("notes.txt, raw.cr2", "gone.jpg", "pipe.jpg"):
+    for name in ("notes.txt", "raw.cr2", "gone.jpg", "pipe.jpg"):
         assert name in said, said
     assert ".hidden" not in said
     refuses("pipe.jpg: no such file", [photos / "p0.jpg", photos / "pipe.jpg"], tmp_path / "two")
