@@ -45,7 +45,7 @@ report: venv
 
 test: venv
 	@echo "== tests$(if $(LCCO_DATA),, (LCCO_DATA is not set: those on real photographs skip))"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 mutants: venv
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py

@@ -137,3 +137,15 @@ def cosegment(
 
     records = cosegment_folder(settings.pop("sources") or (), **settings)
     raise typer.Exit(any(image["error"] for record in records for image in record["images"]))
+
+
+@app.command()
+def bench(
+    profile: Annotated[str, Option(metavar="P", help="A profile's name or file.")] = "embedded",
+    repeats: Annotated[int, Option(min=1, metavar="N", help="Times that each is measured.")] = 5,
+) -> None:
+    """Time LCCo, its Baseline and its parts on this machine."""
+    from lcco.config import load_profile
+    from lcco.experiment.bench import bench as measure
+
+    print(measure(load_profile(profile), repeats).to_markdown(index=False))

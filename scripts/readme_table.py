@@ -35,7 +35,7 @@ def cell(rows: pd.DataFrame) -> str:
     """`95.3 / 78.3 ± 0.2`: means over seeds, and J's standard deviation."""
     if rows.empty:
         return "–"
-    spread = f" ± {rows['J'].std():.1f}" if len(rows) > 1 else ""
+    spread = f"\u00a0±\u00a0{rows['J'].std():.1f}" if len(rows) > 1 else ""  # no line break
     return f"{rows['P'].mean():.1f} / {rows['J'].mean():.1f}{spread}"
 
 

@@ -7,6 +7,12 @@ from pathlib import Path
 
 import pytest
 
+FIRST = ("test_notebooks", "test_workflow")  # minutes each: no worker may be left with them
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in FIRST)
+
 
 @pytest.fixture(autouse=True)
 def _own_places(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -230,7 +230,7 @@ def test_masks_of_every_kind_are_grey(tmp_path: Path) -> None:
         read_mask(tmp_path / "cut.png")
     for name in ("rgb.png", "high.png"):
         Image.fromarray(np.full((4, 4), 21, np.uint8)).save(tmp_path / "high.png")
-        with pytest.raises(LCCoError, match=f"{name}: a VOC mask must hold class numbers"):
+        with pytest.raises(LCCoError, match=f"{name}: a mask of classes must hold class numbers"):
             read_labels(tmp_path / name, 20)
     assert read_labels(tmp_path / "high.png", 21).max() == 21
 

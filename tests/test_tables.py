@@ -296,8 +296,8 @@ def test_ticks_for_modules_and_mathematics_for_losses():
     table = Table("table3_losses", with_paper(pd.DataFrame(rows)), index=("row", "L_cs", "L_c"))
     assert cell(table, "L_iou + L_cs", "", "L_cs") == "✓" and cell(table, "L_iou", "", "L_cs") == ""
     tex = table.latex()
-    assert r"$\mathcal{L}_{iou}$ + $\mathcal{L}_{cs}$ & \checkmark{} &" in tex
-    assert r"\mathcal{L}_{c}$ & \multicolumn" not in tex and tex.isascii()
+    assert r"$\mathcal{L}_{\mathrm{iou}}$ + $\mathcal{L}_{\mathrm{cs}}$ & \checkmark{} &" in tex
+    assert r"\mathcal{L}_{\mathrm{c}}$ & \multicolumn" not in tex and tex.isascii()
 
 
 def test_plain_tables_have_their_own_notes_alone():

@@ -238,6 +238,26 @@ def test_half_precision_is_for_the_steps_alone(base, tmp_path):
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], abs=0.05)
 
 
+def test_the_class_is_given_to_a_share_of_the_groups(base, tmp_path):
+    """And what is drawn stays what it was without."""
+    told = []
+    e = base.replace({"data.given": 0.3, "data.groups": 8, "loss.v_gt": "name"})
+    one, other = Trainer(e, tmp_path / "a"), Trainer(e.replace({"data.given": 0.0}), tmp_path / "b")
+    hook = lambda net, args, kwargs: told.append(kwargs["target"])  # noqa: E731
+    one.model.register_forward_pre_hook(hook, with_kwargs=True)
+    for step in range(12):
+        batch = one.batch(step)
+        assert torch.equal(batch["embeddings"], other.batch(step)["embeddings"])
+        one.step(batch)
+        given = told[-1] >= 0
+        assert torch.equal(told[-1][given], batch["true"][given])
+    share = torch.stack(told).ge(0).float().mean()
+    assert 0.15 < share < 0.45
+    other.model.register_forward_pre_hook(hook, with_kwargs=True)
+    other.step(other.batch(0))
+    assert told[-1] is None
+
+
 def test_logged_losses_are_means_since_the_line_before(base, tmp_path):
     """Without learning every step's loss stands: lines after 2, 4, 6 steps average to one of 6."""
     still = {"train.lr": 0.0, "train.weight_decay": 0.0, "train.ema": 0.0, "data.holdout": []}

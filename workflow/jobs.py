@@ -198,7 +198,9 @@ def html(folder: Path) -> None:
 
 NARROW = """<style>
 body { max-width: 60rem; margin: auto; overflow-wrap: anywhere }
-table { display: block; overflow-x: auto; max-width: 100% } img, svg { max-width: 100% }
+table { display: block; overflow-x: auto; max-width: 100% }
+th, td { overflow-wrap: normal; word-break: normal } td { white-space: nowrap !important }
+.jp-RenderedText pre { word-break: normal } img, svg { max-width: 100% }
 .jp-InputPrompt, .jp-OutputPrompt { display: none }
 @media (max-width: 40rem) { body { padding: 0 4px } .jp-Cell { padding: 0 } }
 </style>"""

@@ -73,7 +73,8 @@ def headline(tables: Sequence[Table]) -> str:
         change = paired(table.rows).query("row == 'LCCo'")
         for r in change[change["protocol"].eq(table.rows["protocol"].iloc[0])].to_dict("records"):
             kind = " in the group choice" if table.name == "choice" else ""
-            said.append(f"{r['mean']:+.1f} on {label(r['test_set'])}{kind}")
+            test = label(r["test_set"]).removesuffix(" choice")
+            said.append(f"{r['mean']:+.1f} on {test}{kind}")
     return f"LCCo against its Baseline, in points of J: {', '.join(said)}." if said else ""
 
 

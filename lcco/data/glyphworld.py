@@ -215,6 +215,7 @@ class GlyphWorld(CoSegData):
         return digest([VERSION, self._seed, i, self.size, self.scenes[i]], 16)
 
 
+@functools.lru_cache(maxsize=8)  # with the pictures that were drawn
 def glyphworld(fold: str, n: int | None = None, size: int = 128) -> CoSegData:
     """One fold of GlyphWorld; always the same pictures.
 

@@ -145,7 +145,7 @@ def read_labels(path: Path | str, last: int) -> np.ndarray:
     image = _decoded(path)
     labels = np.asarray(image)
     if image.mode not in ("P", "L") or ((labels > last) & (labels < VOID)).any():
-        what = f"a VOC mask must hold class numbers of 0 to {last}, or {VOID}"
+        what = f"a mask of classes must hold class numbers of 0 to {last}, or {VOID}"
         raise bad(path, what, "save it as a palette or grey PNG")
     return labels
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from io import BytesIO
 from itertools import cycle
 from pathlib import Path
 from textwrap import fill, shorten
@@ -15,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from PIL import Image
 from scipy.ndimage import binary_dilation, binary_erosion
 
 from lcco.experiment.tables import label, paired
@@ -37,7 +39,8 @@ def new_figure(width: float = PAGE, height: float = 2.4, **grid: Any) -> tuple[F
 def show(figure: Figure, folder: Path, name: str, text: str, photos: bool = False) -> None:
     """Write `<name>.png`, which carries the caption, and `.pdf`; show both in a notebook.
 
-    photos: it shows photographs of third parties; it goes to `photos/`, which git ignores.
+    The notebook holds pictures as JPEG, a quarter as large. photos: it shows photographs of third
+    parties; it goes to `photos/`, which git ignores.
     """
     from IPython import display
 
@@ -46,8 +49,10 @@ def show(figure: Figure, folder: Path, name: str, text: str, photos: bool = Fals
     for suffix, about in (("pdf", {"CreationDate": None}), ("png", png)):
         with atomic_path(folder / f"{name}.{suffix}") as part:
             figure.savefig(part, format=suffix, dpi=200, metadata=about)
-    drawn = display.Image(str(folder / f"{name}.png"), width=round(110 * figure.get_figwidth()))
-    display.display(drawn, display.Markdown(text))
+    shown, width = BytesIO(), round(110 * figure.get_figwidth())
+    kind = "JPEG" if any(axes.images for axes in figure.axes) else "PNG"
+    Image.open(folder / f"{name}.png").convert("RGB").save(shown, kind, quality=85)
+    display.display(display.Image(shown.getvalue(), width=width), display.Markdown(text))
 
 
 def overlay(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -108,13 +113,16 @@ def maps_grid(pictures: Sequence[np.ndarray], maps: Mapping[str, Sequence[np.nda
 @style.context(LOOK)
 def heatmap(S: np.ndarray, words: Sequence[str], k: int = 0, top: int = 15) -> Figure:
     """S [N, P] of a set: the words with the largest column sums, the distilled K above a line."""
+    import seaborn
+
     best = np.argsort(-S.sum(0))[:top]
     figure, axes = new_figure(5.2, 0.5 + 0.21 * len(best))
-    drawn = axes.imshow(S[:, best].T, aspect="auto", cmap="viridis")
-    axes.set_yticks(range(len(best)), [shorten(words[i], 24, placeholder="…") for i in best])
-    axes.set(xticks=range(len(S)), xticklabels=range(1, len(S) + 1), xlabel="picture of the set")
-    axes.axhline(k - 0.5, color="white", linewidth=1.5)
-    figure.colorbar(drawn, ax=axes, aspect=30).set_label("cosine similarity")
+    names = [shorten(words[i], 24, placeholder="…") for i in best]
+    cells = pd.DataFrame(S[:, best].T, names, range(1, len(S) + 1))
+    bar = {"label": "cosine similarity", "aspect": 30}
+    seaborn.heatmap(cells, cmap="viridis", ax=axes, cbar_kws=bar, yticklabels=True)
+    axes.set_xlabel("picture of the set")
+    axes.axhline(k, color="white", linewidth=1.5)
     return figure
 
 
@@ -122,6 +130,8 @@ def heatmap(S: np.ndarray, words: Sequence[str], k: int = 0, top: int = 15) -> F
 def _panels(rows: pd.DataFrame, draw: Callable[[Axes, pd.DataFrame], None], height: float,
             **grid: Any) -> Figure:  # fmt: skip
     """A panel for each test set and protocol, filled by `draw`; one legend above them all."""
+    from seaborn import despine  # a second of import that `lcco cosegment` need not pay
+
     parts = list(rows.groupby(["test_set", "protocol"], sort=False))
     across = 2 if len(parts) in (2, 4) else min(3, len(parts))
     grid |= {"nrows": -(-len(parts) // across), "ncols": across, "squeeze": False}
@@ -132,7 +142,7 @@ def _panels(rows: pd.DataFrame, draw: Callable[[Axes, pd.DataFrame], None], heig
         title = f"{label(test)}, {protocol}".removesuffix(", ")
         axes.set_title(fill(title, 55 // across), fontsize=8)
         axes.grid(linewidth=0.4, alpha=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
+        despine(ax=axes)
     for axes in panels.flat[len(parts) :]:
         axes.remove()
     keys = {h.get_label(): h for a in figure.axes for h in a.get_legend_handles_labels()[0]}

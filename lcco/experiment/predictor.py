@@ -22,7 +22,7 @@ from lcco.semantics import Vocabulary, make_vocabulary
 from lcco.store import atomic_path
 
 # Settings of older model files that are constants now.
-OLD = {"temperature", "top", "heads", "halve_every", "checkpoint", "given"}
+OLD = {"temperature", "top", "heads", "halve_every", "checkpoint"}
 
 
 def build_model(experiment: Experiment, features: Features, vocabulary: Vocabulary) -> LCCo:
@@ -48,6 +48,9 @@ class Predictor:
     keep: bool = True  # what is computed of the pictures on disk; wrong for pictures seen once
     experiment: Experiment | None = None  # what made the network, if known
 
+    def __post_init__(self) -> None:
+        self.model.eval().to(self.features.device)  # not at each set: a third of a small one's time
+
     @torch.no_grad()
     def output(
         self, data: CoSegData, items: Sequence[int], cls: str | None = None
@@ -57,7 +60,6 @@ class Predictor:
         images, maps = f.visual(data, items, keep=self.keep)
         if self.gt and cls is not None:
             target = torch.tensor([self.vocabulary.nearest(cls, f.tower)], device=device)
-        self.model.eval().to(device)
         with deterministic(f):
             return self.model(
                 None if images is None else images[None].to(device),
@@ -119,7 +121,7 @@ def load_model(path: str | Path, **how: Any) -> Predictor:
     vocabulary = make_vocabulary(features.tower, experiment.tower)
     model = build_model(experiment, features, vocabulary)
     fill(model, path, features, vocabulary)
-    return Predictor(model.eval(), features, vocabulary, experiment=experiment, **how)
+    return Predictor(model, features, vocabulary, experiment=experiment, **how)
 
 
 def fill(

@@ -9,8 +9,8 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
-from functools import cached_property, lru_cache, partial
+from dataclasses import asdict
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lcco import backbones
-from lcco.common import LCCoError, Missing, digest, file_digest, place
+from lcco.common import VOID, LCCoError, Missing, digest, file_digest, place
 from lcco.data import CoSegData
+from lcco.data.pictures import bad, read_labels
 from lcco.experiment.evaluate import Evaluation, evaluate_all
 from lcco.experiment.features import Features
 from lcco.experiment.runs import environment
@@ -37,37 +38,52 @@ HUB = {
     "sam3": "facebook/sam3@3c879f39826c281e95690f02c7821c4de09afae7",
     "clipseg": "CIDAS/clipseg-rd64-refined@999e0328d9e10b484360c477313983f9afdd7050",
 }
-SEEM_HOW = "put SEEM's checkout and its requirements on PYTHONPATH, and name its weights file"
-KEPT = 256  # pictures whose findings stay in memory, so that two protocols share them
 FORM = 3  # raise it when masks change, so that no old score is taken for a new one
-NOTHING = np.zeros((1, 1), np.float32)  # an empty mask: scorers take maps of any size
 
 
-# ---------------------------------------------------------------------------------------- interface
 class Rival:
     """A co-segmenter without training: `rival(data, items, cls)` gives maps [h, w] in 0..1.
 
-    model: whose weights it needs, from `HUB` or the local path `weights`. kinds: transformers'
+    model: whose weights it needs, from `HUB` or the local folder `weights`. kinds: transformers'
     classes of network and processor. settings: our reading where the paper is silent. semantic:
-    whether tower and vocabulary decide its masks.
+    whether tower and vocabulary decide its masks. how: to get the weights, if not from a hub.
     """
 
-    name, model, semantic = "", "", True
+    name, model, semantic, how = "", "", True, "name a local folder"
     kinds: tuple[str, ...] = ()
     settings: dict[str, Any] = {}
 
     def __init__(self, features: Features, words: Vocabulary, weights: str | None = None) -> None:
         self.features, self.words, self.weights = features, words, weights
         self.device = torch.device(features.device)
-        self.look = lru_cache(KEPT)(self.look)
+        self.look = lru_cache(256)(self.look)  # so that two protocols share what was found
 
     def look(self, data: CoSegData, i: int, word: str = "") -> Any:
         """What the network finds in one picture (of a word); remembered, so it must be compact."""
 
+    def __call__(self, data: CoSegData, items: Sequence[int], cls: str) -> Iterator[np.ndarray]:
+        """Each picture's `look` for the class that the tower votes from the whole pictures.
+
+        Deviation: nobody has published Table 5's rows that do so; how the class is found is ours.
+        """
+        scores = self.probabilities(self.features.embeddings(data, items))
+        word = self.words.words[vote(scores[:, None])]
+        return (self.look(data, i, word) for i in items)
+
     @cached_property
     def net(self) -> Any:
-        """Network and processor, loaded when first used. Raises: Missing for absent weights."""
-        return [_load(kind, self.folder, self.device) for kind in self.kinds]
+        """Network and processor, loaded when first used. Raises: LCCoError; Missing if absent."""
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()
+        network, processor = (getattr(transformers, k).from_pretrained for k in self.kinds)
+        where = {"pretrained_model_name_or_path": self.folder, "local_files_only": True}
+        with backbones.reading(self.folder, self.kinds[0]):
+            model, info = network(**where, output_loading_info=True)
+            # transformers would fill them with random numbers
+            if lacking := sorted(set(info["missing_keys"]) & dict(model.named_parameters()).keys()):
+                raise LookupError(f"`{lacking[0]}` is missing")
+            return model.eval().requires_grad_(False).to(self.device), processor(**where)
 
     @cached_property
     def folder(self) -> Path:
@@ -77,9 +93,8 @@ class Rival:
             kinds = "*.safetensors", "pytorch_model*.bin"
             return backbones.hub_file(repo, *kinds, commit=commit).parent
         path = Path(self.weights or self.model).expanduser()
-        if not self.weights or not path.exists():
-            how = f"there is no {path}; name a local folder" if self.weights else SEEM_HOW
-            raise Missing("weights", path.name, how)
+        if not self.weights or not path.is_dir():
+            raise Missing("weights", path.name, f"there is no folder {path}; {self.how}")
         return path
 
     def probabilities(self, embeddings: Tensor) -> np.ndarray:
@@ -92,8 +107,7 @@ class Rival:
         """What decides the masks; then data and environment of the scores. Raises: Missing."""
         out = {"rival": self.name, "form": FORM, "settings": self.settings, "data": {}}
         if self.model:
-            files = self.folder.glob("*.*") if self.folder.is_dir() else [self.folder]
-            out["weights"] = {file.name: file_digest(file) for file in sorted(files)}
+            out["weights"] = digest({f.name: file_digest(f) for f in self.folder.glob("*.*")})
         if self.semantic:
             out |= {"tower": self.features.tower.identity, "templates": self.words.templates}
             out["vocabulary_hash"] = self.words.hash
@@ -111,32 +125,15 @@ class Rival:
         on, out = {"digest": test.digest(), "masks": test.truth_digest()}, {}
         for p in protocols:
             name = f"{test.name}-{p}-{group_size}-{digest(on, 10)}.json".replace("/", "_")
-            found = kept(self.path / name, partial(self._score, test, p, group_size))
+            found = kept(self.path / name, lambda p=p: {
+                "scores": asdict(evaluate_all(self, test, [p], group_size)[p]),
+                "scored_by": environment(),
+            })  # fmt: skip
             self.record["data"][test.name], self.record["environment"] = on, found["scored_by"]
             out[p] = Evaluation(**found["scores"])
         self.__dict__.pop("net", None)  # its memory is for the next rival
         self.look.cache_clear()
         return out
-
-    def _score(self, test: CoSegData, protocol: str, group_size: int) -> dict[str, Any]:
-        (found,) = evaluate_all(self, test, [protocol], group_size).values()
-        return {"scores": asdict(found), "scored_by": environment()}
-
-
-def _load(kind: str, folder: Path, device: torch.device) -> Any:
-    """A transformers model (or processor) from a local folder."""
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    make = getattr(transformers, kind).from_pretrained
-    with backbones.reading(folder, kind):
-        if "Processor" in kind:
-            return make(folder, local_files_only=True)
-        model, info = make(folder, output_loading_info=True, local_files_only=True)
-        # transformers would fill them with random numbers
-        if lacking := sorted(set(info["missing_keys"]) & dict(model.named_parameters()).keys()):
-            raise LookupError(f"`{lacking[0]}` is missing")
-    return model.eval().requires_grad_(False).to(device)
 
 
 def vote(scores: Sequence[np.ndarray]) -> int:
@@ -144,16 +141,14 @@ def vote(scores: Sequence[np.ndarray]) -> int:
     return int(np.sum([s.max(0) for s in scores if len(s)], axis=0, dtype=np.float64).argmax())
 
 
-# ---------------------------------------------------------------------------------------------- SAM
 class Sam(Rival):
-    """SAM's automatic masks, cut out and classified by the tower; the set's class is voted.
+    """SAM's automatic masks, classified by the tower: the likeliest of the class that a set votes.
 
-    The mask of an image is the one most likely of that class.
     Deviation: the paper names SAM, CLIP and no more; how they work together is our reading.
     """
 
     name, model = "SAM", "sam"
-    kinds = "AutoModelForMaskGeneration", "AutoImageProcessor"
+    kinds = "AutoModelForMaskGeneration", "AutoProcessor"
     settings = {
         "points_per_crop": 32, "points_per_batch": 64,  # a side of the grid; prompts at once
         "pred_iou_thresh": 0.88, "stability_score_thresh": 0.95,  # SAM's own
@@ -163,8 +158,8 @@ class Sam(Rival):
     def net(self) -> Any:
         from transformers import pipeline
 
-        model, processor = (_load(kind, self.folder, self.device) for kind in self.kinds)
-        how = {"image_processor": processor, "device": self.device}
+        model, processor = super().net
+        how = {"image_processor": processor.image_processor, "device": self.device}
         return pipeline("mask-generation", model=model, **how)
 
     def look(self, data: CoSegData, i: int, word: str = "") -> tuple[list, np.ndarray]:
@@ -182,8 +177,8 @@ class Sam(Rival):
     def __call__(self, data: CoSegData, items: Sequence[int], cls: str) -> Iterator[np.ndarray]:
         found = [self.look(data, i) for i in items]
         common = vote([scores for _, scores in found])
-        for codes, scores in found:
-            yield rle.decode(codes[scores[:, common].argmax()]) if codes else NOTHING
+        for codes, scores in found:  # scorers take maps of any size
+            yield rle.decode(codes[scores[:, common].argmax()]) if codes else np.zeros((1, 1))
 
 
 def cut_out(image: np.ndarray, mask: np.ndarray) -> Image.Image:
@@ -202,73 +197,42 @@ class SamGT(Rival):
     def __call__(self, data: CoSegData, items: Sequence[int], cls: str) -> Iterator[np.ndarray]:
         return (self.look(data, i, cls) for i in items)
 
-    @torch.no_grad()
     def look(self, data: CoSegData, i: int, word: str = "") -> np.ndarray:
         """The union of the masks of all objects, by their boxes [x0, y0, x1, y1] in pixels."""
-        objects, _ = ndimage.label(data.mask(i, [word]) == 1, np.ones((3, 3)))
-        found = ndimage.find_objects(objects)
+        truth = data.mask(i, [word]) == 1
+        found = ndimage.find_objects(ndimage.label(truth, np.ones((3, 3)))[0])
         boxes = [[float(v) for v in (x.start, y.start, x.stop, y.stop)] for y, x in found]
         if not boxes:
-            return NOTHING
+            return truth
         model, processor = self.net
         given = processor(images=data.image(i), input_boxes=[boxes], return_tensors="pt")
         sizes = given.pop("original_sizes"), given.pop("reshaped_input_sizes")
-        given["input_boxes"] = given["input_boxes"].float()
-        found = model(**given.to(self.device), multimask_output=False).pred_masks
-        masks = processor.post_process_masks(found.cpu(), *sizes)[0]
-        return masks.flatten(0, 1).any(0).numpy()
+        found = model(**given.to(self.device, torch.float32), multimask_output=False).pred_masks
+        return processor.post_process_masks(found.cpu(), *sizes)[0].flatten(0, 1).any(0).numpy()
 
 
-# --------------------------------------------------------------------------------------------- SEEM
 class Seem(Rival):
-    """SEEM's panoptic output through the user's own checkout (its `modeling` and `utils`).
+    """SEEM, from class maps made with it in its own environment; most images vote for a thing.
 
-    The set's class is the thing that most images show. Written against SEEM's published form:
-    `evaluate([{image, height, width}])[-1]["panoptic_seg"]` is a map of segment numbers and a list
-    of {id, category_id, isthing}.
+    `weights`: a folder with one 8-bit PNG a picture, at the picture's own size, named
+    `<data.content(i)>.png`; for a picture file these are 16 hex digits of its sha256
+    (`sha256sum FILE | cut -c-16`). A pixel is 0 where SEEM's panoptic output shows no thing, else
+    1 + the place of its class in `vocabulary("coco80")`, counted from 0.
     Deviation: the paper does not say how a tie ends (by area here), nor that only things vote.
     """
 
     name, model, semantic = "SEEM", "seem", False
-    settings = {"config": "configs/seem/focall_unicl_lang_v1.yaml", "side": 512}  # as in its demo
+    how = "make class maps with SEEM as help(lcco.experiment.rivals.Seem) says, name the folder"
 
-    @cached_property
-    def net(self) -> tuple[Any, list[str]]:
-        """The network and its classes."""
-        try:
-            import modeling
-            from detectron2.data import MetadataCatalog
-            from modeling.BaseModel import BaseModel
-            from utils.arguments import load_opt_from_config_files
-            from utils.constants import COCO_PANOPTIC_CLASSES as names
-            from utils.distributed import init_distributed
-        except ImportError as error:
-            raise Missing("weights", "SEEM", f"{SEEM_HOW} ({error})") from None
-        config = Path(modeling.__file__).resolve().parents[1] / self.settings["config"]
-        options = init_distributed(load_opt_from_config_files([str(config)]))
-        whole = BaseModel(options, modeling.build_model(options)).from_pretrained(str(self.folder))
-        net = whole.eval().to(self.device).model
-        with torch.no_grad():
-            encoder = net.sem_seg_head.predictor.lang_encoder
-            encoder.get_text_embeddings([*names, "background"], is_eval=True)
-        net.task_switch |= dict.fromkeys(("spatial", "visual", "grounding", "audio"), False)
-        net.metadata = MetadataCatalog.get("coco_2017_train_panoptic")
-        return net, [re.sub("-(other|merged|stuff)", "", name) for name in names]
-
-    @torch.no_grad()
     def look(self, data: CoSegData, i: int, word: str = "") -> np.ndarray:
-        """Each pixel's class where it is a thing, else −1: int16 [H, W]."""
-        image = data.image(i)
-        scale = self.settings["side"] / min(image.size)
-        (width, height), size = image.size, [round(scale * n) for n in image.size]
-        small = np.array(image.resize(size, Image.Resampling.BICUBIC))
-        pixels = torch.from_numpy(small).permute(2, 0, 1).to(self.device)
-        found = self.net[0].evaluate([{"image": pixels, "height": height, "width": width}])
-        panoptic, listed = found[-1]["panoptic_seg"]
-        panoptic, out = panoptic.cpu().numpy(), np.full((height, width), -1, np.int16)
-        for segment in (s for s in listed if s["isthing"]):
-            out[panoptic == segment["id"]] = int(segment["category_id"])
-        return out
+        """Each pixel's class as in the file: uint8 [H, W]."""
+        file, size = self.folder / f"{data.content(i)}.png", data.image(i).size
+        if not file.is_file():
+            raise Missing("weights", file.name, f"no {file} for {data.keys[i]}; {self.how}")
+        classes = read_labels(file, len(vocabulary("coco80")))
+        if classes.shape[::-1] != size:
+            raise bad(file, f"{classes.shape[::-1]} pixels for a picture of {size}", self.how)
+        return classes
 
     def __call__(self, data: CoSegData, items: Sequence[int], cls: str) -> Iterator[np.ndarray]:
         found = [self.look(data, i) for i in items]
@@ -276,10 +240,9 @@ class Seem(Rival):
         return (classes == common for classes in found)
 
     def common(self, found: Sequence[np.ndarray], cls: str) -> int:
-        """The class of the set, given each image's `look`: most images, then the larger area."""
-        counts = [np.bincount(x.ravel() + 1, minlength=len(self.net[1]) + 1)[1:] for x in found]
-        shares = [c / x.size for c, x in zip(counts, found, strict=True)]
-        return int(sum((s > 0) + s / (len(found) + 1) for s in shares).argmax())
+        """The set's class as the maps number it: in most images, then the larger area."""
+        shares = [np.bincount(x.ravel(), minlength=256)[1:VOID] / x.size for x in found]
+        return 1 + int(sum((s > 0) + s / (len(found) + 1) for s in shares).argmax())
 
 
 class SeemGT(Seem):
@@ -288,49 +251,31 @@ class SeemGT(Seem):
     name, semantic = "SEEM GT", True
 
     def common(self, found: Sequence[np.ndarray], cls: str) -> int:
-        things, classes = {word.casefold() for word in vocabulary("coco80")}, self.net[1]
-        names = [name for name in dict.fromkeys(classes) if name.casefold() in things]
-        table = prompts(self.features.tower, names, self.words.templates)
-        known = replace(self.words, words=tuple(names), embeddings=table)
-        return classes.index(names[known.nearest(cls, self.features.tower)])
+        words, tower = vocabulary("coco80"), self.features.tower
+        table = prompts(tower, words, self.words.templates)
+        return 1 + Vocabulary(tuple(words), table, self.words.templates).nearest(cls, tower)
 
 
-# ----------------------------------------------------------------- the voted class as a text prompt
-class _Voted(Rival):
-    """The tower names the set's class from the whole images; a model is asked for it in each.
-
-    Deviation: nobody has published these rows; how the class is found is ours.
-    """
-
-    def __call__(self, data: CoSegData, items: Sequence[int], cls: str) -> Iterator[np.ndarray]:
-        scores = self.probabilities(self.features.embeddings(data, items))
-        word = self.words.words[vote(scores[:, None])]
-        return (self.look(data, i, word) for i in items)
-
-
-class Sam3(_Voted):
+class Sam3(Rival):
     """SAM 3 asked for the voted class by name: the union of the instances it finds."""
 
     name, model, kinds = "SAM 3", "sam3", ("Sam3Model", "Sam3Processor")
     settings = {"threshold": 0.5, "mask_threshold": 0.5}  # of an instance, of a mask's pixel
 
-    @torch.no_grad()
     def look(self, data: CoSegData, i: int, word: str = "") -> np.ndarray:
         (model, processor), image = self.net, data.image(i)
         given = processor(images=image, text=word, return_tensors="pt").to(self.device)
         how = {"target_sizes": [image.size[::-1]], **self.settings}
         found = processor.post_process_instance_segmentation(model(**given), **how)
-        masks = found[0]["masks"].cpu().bool()  # [instances, H, W]
-        return masks.any(0).numpy() if len(masks) else NOTHING
+        return found[0]["masks"].bool().any(0).cpu().numpy()  # of [instances, H, W]
 
 
-class ClipSeg(_Voted):
+class ClipSeg(Rival):
     """CLIPSeg asked for the voted class by name: its map of probabilities."""
 
     name, model = "CLIPSeg", "clipseg"
     kinds = "CLIPSegForImageSegmentation", "CLIPSegProcessor"
 
-    @torch.no_grad()
     def look(self, data: CoSegData, i: int, word: str = "") -> np.ndarray:
         model, processor = self.net
         given = processor(images=[data.image(i)], text=[word], padding=True, return_tensors="pt")
@@ -338,7 +283,6 @@ class ClipSeg(_Voted):
         return logits.sigmoid().reshape(logits.shape[-2:]).cpu().numpy()
 
 
-# ------------------------------------------------------------------------------- no training at all
 class Clustering(Rival):
     """No training: the backbone's patch features, clustered over the set; salient clusters win.
 
@@ -356,21 +300,18 @@ class Clustering(Rival):
 
     @cached_property
     def net(self) -> backbones.Backbone:
-        return copy.deepcopy(self.features.backbone).eval().to(self.device)
+        return copy.deepcopy(self.features.backbone).eval().requires_grad_(False).to(self.device)
 
     @cached_property
     def record(self) -> dict[str, Any]:
-        weights = backbones.tensors_digest(self.net.stages[:3].state_dict())
-        own = {"backbone": f"{self.net.name}-{weights}", "size": self.features.size}
-        return super().record | own
+        sha = backbones.tensors_digest(self.net.stages[:3].state_dict())
+        return super().record | {"backbone": f"{self.net.name}-{sha}", "size": self.features.size}
 
-    @torch.no_grad()
     def patches(self, data: CoSegData, items: Sequence[int]) -> Tensor:
         """Unit features [N, h, w, D] of the third stage, on twice its grid."""
         images, maps = self.features.visual(data, items)
         x = (maps[:3][-1].float() if maps else images).to(self.device)
-        x = x if maps else self.net.normalise(x)
-        for stage in self.net.stages[len(maps or ()) : 3]:
+        for stage in [self.net.normalise, *self.net.stages[:3]][len(maps) + 1 if maps else 0 :]:
             x = stage(x)
         fine = F.interpolate(x, scale_factor=2, mode="bilinear")
         return F.normalize(fine, dim=1).permute(0, 2, 3, 1).cpu()
@@ -411,7 +352,6 @@ def off_border(f: Tensor) -> Tensor:
     return (x - low) / (high - low).clamp_min(1e-6)
 
 
-# ------------------------------------------------------------------------------------------ by name
 RIVALS: dict[str, type[Rival]] = {  # in the order of Table 5; LCCo's rows stand after SEEM's
     "sam": Sam, "sam-gt": SamGT, "seem": Seem, "seem-gt": SeemGT, "sam3": Sam3,
     "clipseg": ClipSeg, "clustering": Clustering,
@@ -422,7 +362,7 @@ def rivals(names: Sequence[str], features: Features, words: Vocabulary,
            weights: Mapping[str, str] | None = None) -> dict[str, Rival]:  # fmt: skip
     """Row of Table 5 → its rival, for names in `RIVALS`; nothing is loaded yet.
 
-    weights: model ("sam", "sam3", "clipseg", "seem") → a local path. Raises: LCCoError.
+    weights: model ("sam", "sam3", "clipseg", "seem") → a local folder. Raises: LCCoError.
     """
     if unknown := [name for name in names if name not in RIVALS]:
         raise LCCoError(f"no rival `{unknown[0]}`; there are: {', '.join(RIVALS)}")

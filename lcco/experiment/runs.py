@@ -22,7 +22,7 @@ from lcco.backbones import model_file, read_about
 from lcco.common import LCCoError, Missing, digest, file_digest, place
 from lcco.config import TRAINING_VERSION, Experiment, Profile
 from lcco.data import CoSegData, load_data
-from lcco.experiment.evaluate import CHOICE, Evaluation, evaluate_all, evaluate_choice
+from lcco.experiment.evaluate import Evaluation, evaluate_all
 from lcco.experiment.predictor import Predictor, load_model, read_experiment
 from lcco.experiment.train import Trainer, environment, training_data
 from lcco.store import kept, lock, read_json, write_json
@@ -99,9 +99,7 @@ class Run:
         if missing := [p for p in protocols if not files[p].is_file()]:
             predictor = self.predictor(gt, k)
             predictor.features.prepare(test)
-            plain = [p for p in missing if p not in CHOICE]
-            found = evaluate_all(predictor, test, plain, group_size) if plain else {}
-            found |= evaluate_choice(predictor, test, group_size) if plain != missing else {}
+            found = evaluate_all(predictor, test, missing, group_size)
             about = {"scored_by": environment(), "scored_on": _described(test)}
             for p in missing:
                 write_json(files[p], about | {"evaluation": asdict(found[p])})

@@ -290,6 +290,7 @@ class Table:
 
 
 def _tex(text: Any) -> str:
-    """Text for LaTeX: its own characters escaped, bold, symbols and losses as mathematics."""
+    """Text for LaTeX: its own characters escaped, bold, symbols, signs and losses."""
     text = re.sub(r"\*\*(.+)\*\*", r"\\textbf{\1}", str(text).translate(SYMBOLS))
-    return re.sub(r"\bL\\_(iou|cs|c)\b", r"$\\mathcal{L}_{\1}$", text)
+    text = re.sub(r"(?<![\w-])-(?=\d)", "$-$", text)
+    return re.sub(r"\bL\\_(iou|cs|c)\b", r"$\\mathcal{L}_{\\mathrm{\1}}$", text)

@@ -82,8 +82,9 @@ def learning_rate(experiment: Experiment, step: int) -> float:
 
 def v_gt_source(experiment: Experiment) -> str | None:
     """Who names the true class, "tower" or "name"; None where nothing needs to know it."""
-    needed = experiment.model.clip_regularization and experiment.loss.lambda_c
-    return experiment.loss.v_gt if needed else None
+    e = experiment
+    needed = (e.model.clip_regularization and e.loss.lambda_c) or e.data.given
+    return e.loss.v_gt if needed else None
 
 
 def holdout_score(predict: Predictor, data: CoSegData, group_size: int) -> float:
@@ -185,7 +186,7 @@ class Trainer:
 
         images: [B, N, 3, S, S] in 0..1, or None; maps: the leading frozen ones [B, N, C, h, w], or
         None; embeddings: [B, N, D]; truth: uint8 [B, N, S, S] of {0, 1, 255 = void}; true: [B] the
-        class that v^gt marks, −1 = unknown, or None.
+        class that v^gt marks, −1 = unknown, or None; given: [B] those that the network is told.
         """
         f, a, source = self.features, self.accelerator, v_gt_source(self.experiment)
         draws = self.sampler.draws(step)[a.process_index :: a.num_processes]
@@ -204,8 +205,13 @@ class Trainer:
             masked = f.masked(self.data, pairs, self.experiment.loss.mask_background)
             masked, every = masked.unflatten(0, shape), torch.ones(1, 1, dtype=torch.bool)
             true = true_class(masked, self.vocabulary.embeddings, every)
+        given, share = None, self.experiment.data.given
+        if share:
+            lots = np.random.default_rng((2, self.experiment.seed, step)).random(self.sampler.n)
+            told = torch.from_numpy(lots < share)[a.process_index :: a.num_processes]
+            given = true.where(told, -1)
         return {
-            "images": None if images is None else images.unflatten(0, shape),
+            "given": given, "images": None if images is None else images.unflatten(0, shape),
             "maps": maps and [m.unflatten(0, shape) for m in maps], "true": true,
             "embeddings": f.embeddings(self.data, items).unflatten(0, shape),
             "truth": torch.from_numpy(np.stack(truths)).unflatten(0, shape),
@@ -215,10 +221,12 @@ class Trainer:
         """One step of the optimiser. Returns the loss and its parts."""
         e, a = self.experiment, self.accelerator
         maps = batch["maps"] and [m.float() for m in batch["maps"]]
-        self.net.train()
+        if not self.model.training:  # after a validation
+            self.net.train()
         with torch.autocast(a.device.type, torch.bfloat16, enabled=e.train.precision == "bf16"):
             text = self.vocabulary.embeddings.to(a.device)
-            out = self.net(batch["images"], batch["embeddings"], text, maps=maps)
+            how = {"maps": maps, "target": batch["given"]}
+            out = self.net(batch["images"], batch["embeddings"], text, **how)
         weights = e.loss.model_dump(include={"lambda_cs", "lambda_c", "lc_reduction", "bce"})
         present = torch.ones(out.logits.shape[:2], dtype=torch.bool, device=a.device)
         loss, parts = total_loss(out, batch["truth"], present, batch["true"], **weights)
