@@ -209,8 +209,8 @@ def find_sets(
             inside = sorted(inner.iterdir()) if recursive else ()
             folders += [f for f in inside if f.is_dir() and not (is_system(f.name) or _record(f))]
             sets.append((place / inner.relative_to(folder), files))
-            for why, names in others.items():
-                print(f"{inner}: left out, {why}: {few(names)}", file=sys.stderr)
+            if others:
+                print(f"{inner}: left out, no picture files: {few(others)}", file=sys.stderr)
     sets.append((Path(), [p for p in paths if p.is_file()]))
     if not (sets := [(place, files) for place, files in sets if files]):
         what = f"{few(list(paths), 2)}: no pictures in it" if paths else "no pictures given"

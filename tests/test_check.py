@@ -16,7 +16,7 @@ from PIL import Image
 from lcco.common import LCCoError
 from lcco.data import check, load_data
 from lcco.data.load import MSRC7
-from lcco.data.overlap import NEAR, near_pairs, overlap, picture_hash
+from lcco.data.overlap import NEAR, near_pairs, picture_hash
 
 
 def _rows(table, what: str) -> list[str]:
@@ -119,7 +119,7 @@ def test_check_finds_overlap_with_training_by_content(tmp_path: Path) -> None:
     mask = Image.fromarray(drawn.rectangle(value=255)).resize((96, 64))
     mask.save(tmp_path / "train/groundtruth/dog/do_01.png")
     training = load_data(str(tmp_path / "train"))
-    assert overlap(load_data(str(root)), training) == [(2, 1)]
+    assert load_data(str(root)).overlap(training) == [(2, 1)]
     table = check(root, training)
     assert not table.attrs["ok"] and _rows(table, "in training set") == ["cow/co_02"]
 

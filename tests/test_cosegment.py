@@ -128,7 +128,7 @@ def test_same_probabilities_as_a_data_set_of_the_same_pictures(model, photos):
     from lcco.data import CoSegData
 
     paths = sorted(photos.iterdir())
-    data = CoSegData("photos", "test", [p.name for p in paths], {})
+    data = CoSegData("photos", "test", [p.name for p in paths])
     data.files = [(p, p) for p in paths]
     want = Predictor(model.model, model.features, model.vocabulary, keep=False)(data, range(4))
     got = np.stack([r.probability for r in cosegment(photos, weights=model)])
@@ -325,7 +325,7 @@ def test_what_is_left_out_is_named(model, photos, tmp_path, capsys):
     os.mkfifo(photos / "pipe.jpg")
     cosegment_folder(photos, tmp_path / "out", weights=model)
     said = capsys.readouterr().err
-    for name in ("notes.txt, raw.cr2", "gone.jpg", "pipe.jpg"):
+    for name in ("notes.txt", "raw.cr2", "gone.jpg", "pipe.jpg"):
         assert name in said, said
     assert ".hidden" not in said
     refuses("pipe.jpg: no such file", [photos / "p0.jpg", photos / "pipe.jpg"], tmp_path / "two")

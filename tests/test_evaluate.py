@@ -38,7 +38,7 @@ class Toy(CoSegData):
                 c: [k for k in keys if (labels[k] == n).any()] for n, c in enumerate(CLASSES, 1)
             }
         super().__init__(
-            "toy", "toy", keys, {c: [keys.index(k) for k in v] for c, v in groups.items() if v}
+            "toy", "toy", keys, [{c for c, v in groups.items() if k in v} for k in keys]
         )
 
     def image(self, i):

@@ -47,8 +47,7 @@ def answer(maps: list[np.ndarray]) -> list[np.ndarray]:
 class Drawn(CoSegData):
     def __init__(self, found: dict[str, tuple]) -> None:
         keys = sorted(found)
-        groups = {c: [i for i, key in enumerate(keys) if key[0] == c] for c in COUNTS}
-        super().__init__("drawn", "drawn", keys, groups)
+        super().__init__("drawn", "drawn", keys, [key[0] for key in keys])
         self.truths, self.maps = zip(*(found[key] for key in keys), strict=True)
 
     def mask(self, i, classes):

@@ -17,9 +17,7 @@ class Toy(CoSegData):
     """Labels alone: what the sampler needs."""
 
     def __init__(self, labels: list[str]) -> None:
-        classes = sorted(set("".join(labels)))
-        groups = {c: [i for i, held in enumerate(labels) if c in held] for c in classes}
-        super().__init__("toy", "toy", [f"{i:03d}" for i in range(len(labels))], groups)
+        super().__init__("toy", "toy", [f"{i:03d}" for i in range(len(labels))], labels)
 
 
 TOY = Toy(["a"] * 64 + ["b"] * 16 + ["c"] * 4 + ["ab"] * 6 + ["ac"] * 6)

@@ -20,7 +20,6 @@ from lcco.data import load_data
 from lcco.data import sets as d
 from lcco.data.coco import COCOData
 from lcco.data.load import known_sets, open_folder
-from lcco.data.overlap import overlap
 
 
 @pytest.fixture(autouse=True)
@@ -180,7 +179,7 @@ def test_system_folders_and_what_is_no_file(tmp_path: Path, capsys) -> None:
     data = load_data(str(root))
     assert data.keys == plain.keys and data.digest() == plain.digest()
     told = capsys.readouterr().err
-    assert "cow/co_05.jpg (no picture files)" in told and "cow/notes.txt" in told
+    assert "cow/co_05.jpg (no picture file)" in told and "cow/notes.txt" in told
     assert not hasattr(os, "mkfifo") or "cow/pipe.jpg" in told
     assert "Thumbs" not in told and "eaDir" not in told
 
@@ -590,12 +589,12 @@ def test_a_set_without_the_pictures_of_another(tmp_path: Path, monkeypatch) -> N
         data = load_data("mine", without=["test"])
         assert data.name == "mine without test" and len(data) == 4
         assert set(data.keys) == {"cow/co_00", "cow/co_02", "dog/do_00", "dog/do_01"}
-        monkeypatch.setattr("lcco.data.overlap.near_pairs", lambda *a: pytest.fail("not kept"))
+        monkeypatch.setattr("lcco.data.sets.near_pairs", lambda *a: pytest.fail("not kept"))
     monkeypatch.undo()
     monkeypatch.setenv("LCCO_DATA", str(tmp_path))
     drawn.folders(tmp_path, ("car",), 2, name="more", first=70)
     joined = load_data(["mine", "more"], without=["test", "more"])
-    assert len(joined) == 4 and overlap(joined, load_data("test")) == []
+    assert len(joined) == 4 and joined.overlap(load_data("test")) == []
 
 
 def test_joined_folders_of_one_name_and_one_key_are_refused(tmp_path: Path) -> None:
@@ -891,7 +890,7 @@ def test_real_counts(real: Path, name: str, images: int, groups: int, capsys) ->
 
 def test_real_sets_share_no_picture(real: Path) -> None:
     voc, pascal = load_data("voc_train"), load_data("pascal1037")
-    assert overlap(voc, pascal) == []
+    assert voc.overlap(pascal) == []
     train, test = load_data("pascal_fold_train"), load_data("pascal_fold_test")
-    assert overlap(train, test) == []
-    assert len(overlap(pascal, train)) > 623  # and finds those that are shared
+    assert train.overlap(test) == []
+    assert len(pascal.overlap(train)) > 623  # and finds those that are shared

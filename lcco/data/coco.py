@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -77,28 +76,28 @@ class COCOData(CoSegData):
         except (OSError, ValueError, TypeError, RecursionError) as error:
             what = f"not a COCO instances file ({_told(error)})"
             raise bad(self.file, what, "export it again") from None
-        objects: dict[str, list[tuple[str, _Image, _Annotation]]] = defaultdict(list)
-        held: dict[str, set[str]] = defaultdict(set)
+        objects: dict[str, list[tuple[str, _Image, _Annotation]]] = {}
+        held: dict[str, set[str]] = {}
         for category, image, found in self._annotations(document):
-            objects[image.file_name].append((category, image, found))
+            objects.setdefault(image.file_name, []).append((category, image, found))
             if not found.iscrowd and found.area > min_area:
-                held[category].add(image.file_name)
-        groups = {c: held[c] for c in sorted(held) if len(held[c]) >= min_images}
+                held.setdefault(category, set()).add(image.file_name)
+        self._by("id", (found for own in objects.values() for _, _, found in own))
+        groups = {c: names for c, names in held.items() if len(names) >= min_images}
         if not groups:
             what = f"no category has {min_images} images with an instance over {min_area:g} px"
             raise bad(self.file, what, ", ".join([*self.left_out, ("give another folder",)][0]))
         self.keys = tuple(sorted(set().union(*groups.values())))
-        self._classes = [frozenset(c for c in groups if key in groups[c]) for key in self.keys]
+        self.classes = [frozenset(c for c in groups if key in groups[c]) for key in self.keys]
         self.files = [(folder / key, self.file) for key in self.keys]
         self._objects = [objects[key] for key in self.keys]
-        small = sorted({image.file_name for image in document.images}.difference(self.keys))
-        self.left_out += [("image left out", key, "no large instance") for key in small]
+        for key in sorted({image.file_name for image in document.images}.difference(self.keys)):
+            self.left_out.append(("image left out", key, "no large instance"))
 
-    def _annotations(self, document: _Document) -> list[tuple[str, _Image, _Annotation]]:
+    def _annotations(self, document: _Document) -> Iterator[tuple[str, _Image, _Annotation]]:
         """The annotations that can be used, with their categories' names and their images."""
         self._by("file_name", document.images)
         images, categories = self._by("id", document.images), self._by("id", document.categories)
-        usable = []
         for n, entry in enumerate(document.annotations, 1):
             try:
                 found = _Annotation.model_validate(entry)
@@ -109,14 +108,12 @@ class COCOData(CoSegData):
                 if isinstance(found.segmentation, _Runs) or not found.area:
                     pixels = float(_decoded(found, image).sum())  # and the runs are looked over
                     found.area = found.area or pixels
-                usable.append((category.name, image, found))
+                yield category.name, image, found
             except (ValueError, TypeError) as error:
                 key = entry.get("id", f"no. {n}") if isinstance(entry, dict) else f"no. {n}"
                 self.left_out.append(("entry left out", f"annotation {key}", _told(error)))
-        self._by("id", [found for _, _, found in usable])
-        return usable
 
-    def _by(self, field: str, entries: Sequence[Any]) -> dict[Any, Any]:
+    def _by(self, field: str, entries: Iterable[Any]) -> dict[Any, Any]:
         """Entries by a field. Raises: LCCoError for two that are the same there."""
         found: dict[Any, Any] = {}
         for entry in entries:

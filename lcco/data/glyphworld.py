@@ -184,8 +184,9 @@ class GlyphWorld(CoSegData):
 
     def __init__(self, fold: str, found: Sequence[_Scene], size: int) -> None:
         keys, self.scenes, own = zip(*found, strict=True)
-        groups = {c: [i for i, held in enumerate(own) if c in held] for c in set().union(*own)}
-        super().__init__(f"glyphworld_{fold}", "glyphworld", keys, groups)
+        super().__init__(f"glyphworld_{fold}", "glyphworld", keys)
+        classes = sorted(set().union(*own))
+        self.groups = {c: tuple(i for i, held in enumerate(own) if c in held) for c in classes}
         self.size, self._seed = size, list(_COUNTS).index(fold)
         self._drawn = lru_cache(512)(lambda i: draw(self.scenes[i], (self._seed, i), size))
 

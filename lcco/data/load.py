@@ -7,7 +7,6 @@ from pathlib import Path
 
 from lcco.common import LCCoError, Missing, place
 from lcco.data.coco import COCOData
-from lcco.data.overlap import overlap
 from lcco.data.pictures import bad
 from lcco.data.sets import SIDES, CoSegData, FolderData, View, VOCData, read_lines
 
@@ -18,10 +17,8 @@ _VOC = ["VOCdevkit/VOC2012", "VOC2012"]
 _INTERNET = ["Internet_Datasets300", "Internet300", "Internet", "Internet/Data"]
 # name → the folders where it may be, and its lists (VOC) or groups if not all
 _SETS: dict[str, tuple[Sequence[str], Sequence[str]]] = {
-    "voc_train": (_VOC, ["train"]),
-    "voc_val": (_VOC, ["val"]),
+    **{f"voc_{fold}": (_VOC, [fold]) for fold in ("train", "val", "trainaug")},
     "voc_trainval": (_VOC, ["train", "val"]),
-    "voc_trainaug": (_VOC, ["trainaug"]),
     "coco_voc20": (["COCO_VOC20"], ["train"]),
     "voc_more": (["VOC_MORE"], ["train"]),
     "msrc7": (["MSRC7", "MSRC"], MSRC7),
@@ -29,11 +26,12 @@ _SETS: dict[str, tuple[Sequence[str], Sequence[str]]] = {
     "icoseg8": (["iCoseg8", "iCoseg"], ICOSEG8),
     "icoseg38": (["iCoseg"], []),
     "internet300": (_INTERNET, ["airplane", "car", "horse"]),
-    "pascal1037": (["PASCAL_VOC"], []),
-    "pascal_fold_train": (["PASCAL_VOC"], []),
-    "pascal_fold_test": (["PASCAL_VOC"], []),
+    **{f"pascal{part}": (["PASCAL_VOC"], []) for part in ("1037", "_fold_train", "_fold_test")},
     "coco_seg": (["coco", "COCO", "coco2017", "COCO2017"], []),
 }
+# layout → what is in such a folder
+_LAYOUTS = {"voc": ("JPEGImages/", "SegmentationClass*"), "coco": ("annotations/instances_*.json",),
+            **SIDES, "rubinstein": ("*/GroundTruth",)}  # fmt: skip
 _DRAWN = tuple(f"glyphworld_{f}" for f in ("pretrain", "train", "holdout", "test", "choice"))
 
 
@@ -48,18 +46,16 @@ def load_data(
 ) -> CoSegData:  # fmt: skip
     """The set of a known name (`known_sets`) under `LCCO_DATA`, or of a folder in a known layout.
 
-    names: several are joined; a class that several have becomes one group. counts: how many
-    pictures a drawn set has (of each class, for the test fold). without: sets whose pictures are
-    left out, by look. Raises: Missing for a known set that is not there, else LCCoError.
+    names: several are joined. counts: how many pictures a drawn set has (of each class, for the
+    test fold). without: sets whose pictures are left out, by look. Raises: Missing, LCCoError.
     """
-    words, counts = [names] if isinstance(names, str) else list(names), counts or {}
+    words = [names] if isinstance(names, str) else list(names)
     if not words or not all(word.strip() for word in words):
         raise LCCoError(f"no data set is named; give a folder or one of {', '.join(known_sets())}")
-    parts = [_load(word, counts.get(word)) for word in words]
+    parts, others = ([_load(w, (counts or {}).get(w)) for w in some] for some in (words, without))
     items = [(part, i) for part in parts for i in range(len(part))]
     data = parts[0] if len(parts) == 1 else View("+".join(words), items)
-    others = [_load(word, counts.get(word)) for word in without]
-    if seen := {i for other in others for i, _ in overlap(data, other)}:
+    if seen := {i for other in others for i, _ in data.overlap(other)}:
         kept = [i for i in range(len(data)) if i not in seen]
         data = data.subset(kept, f"{data.name} without {', '.join(without)}")
     return data
@@ -103,7 +99,7 @@ def _known(name: str) -> CoSegData:
 def open_folder(
     path: Path, name: str | None = None, own: Sequence[str] = (), rule: tuple[int, float] = (1, 0)
 ) -> CoSegData:
-    """A folder in any layout, not yet checked to be complete. Raises: LCCoError for another one.
+    """A folder in any layout, not yet checked to be complete. Raises: LCCoError.
 
     own: its groups, or lists of VOC, if not all. rule: COCO's least number of images and area.
     """
@@ -121,11 +117,5 @@ def open_folder(
 
 
 def _layout(path: Path) -> str | None:
-    if (path / "JPEGImages").is_dir() and any(path.glob("SegmentationClass*")):
-        return "voc"
-    if any(path.glob("annotations/instances_*.json")):
-        return "coco"
-    for layout, sides in SIDES.items():
-        if all((path / side).is_dir() for side in sides):
-            return layout
-    return "rubinstein" if any(path.glob("*/GroundTruth")) else None
+    there = {layout: all(any(path.glob(p)) for p in ps) for layout, ps in _LAYOUTS.items()}
+    return next((layout for layout in there if there[layout]), None)

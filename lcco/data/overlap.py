@@ -1,18 +1,11 @@
-"""Which pictures two sets share, by content: equal files or near-equal pictures."""
+"""Which pictures are the same, by what they look like."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
-
-from lcco.common import digest, place
-from lcco.store import kept
-
-if TYPE_CHECKING:
-    from lcco.data.sets import CoSegData
 
 LOOKS = "looks-2"  # names every file that hashes decide: change it with what follows here
 NEAR = 12  # bits of 128: pictures this close are one picture, if their thumbnails agree too
@@ -23,8 +16,8 @@ CELLS = 24  # a side of the thumbnail
 def picture_hash(image: Image.Image) -> str:
     """What a picture looks like: a grey thumbnail and a 128-bit difference hash, in hex.
 
-    A bit tells whether a cell is brighter than its neighbour: copies differ in few (`NEAR`), other
-    pictures in half of them, or in few on a plain ground, where the thumbnail tells.
+    Copies differ in few bits (`NEAR`), other pictures in half of them, or in few on a plain ground,
+    where the thumbnail tells.
     """
     grey = image.convert("L")
     rows = np.asarray(grey.resize((9, 8), Image.Resampling.BOX), np.int16)
@@ -37,8 +30,8 @@ def picture_hash(image: Image.Image) -> str:
 def _looks(hashes: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Bits [n, 2], thumbnails [n, cells] of mean 0 and variance 1, variances and tolerances [n].
 
-    Copies' thumbnails are apart by 0.002 of their variance, if busy by 0.04; those of two objects
-    on a plain ground by 0.005. So the tolerance grows with the share of the cells with detail.
+    Thumbnails of copies are apart by 0.002 of their variance, of busy ones by 0.04, of two objects
+    on a plain ground by 0.005: the tolerance grows with the share of cells with detail.
     """
     raw = np.frombuffer(bytes.fromhex("".join(hashes)), np.uint8).reshape(-1, CELLS**2 + 16)
     cells = raw[:, :-16].astype(np.float32)
@@ -60,9 +53,3 @@ def near_pairs(a: Sequence[str], b: Sequence[str]) -> list[tuple[int, int]]:
         apart = (right[2][m] + variance) / 2 - right[1][m] @ cells / CELLS**2
         found += [(n, int(k)) for k in m[apart <= np.minimum(right[3][m], tolerance)]]
     return found
-
-
-def overlap(a: CoSegData, b: CoSegData) -> list[tuple[int, int]]:
-    """(index in a, index in b) of every picture that both sets hold; kept on disk."""
-    file = place("cache") / f"overlap-{digest([LOOKS, a.digest(), b.digest()], 16)}.json"
-    return [(i, j) for i, j in kept(file, lambda: near_pairs(a.hashes(), b.hashes()))]

@@ -15,14 +15,11 @@ from lcco.common import VOID, LCCoError, one_line
 LOSSY = (".jpg", ".jpeg", ".jpe", ".jfif")  # masks in such files are binary only nearly
 ENDINGS = frozenset({
     *LOSSY, ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".avif", ".heic", ".heif", ".jp2",
-    ".ppm", ".pgm", ".pbm", ".pnm", ".tga",
-})  # fmt: skip
+    ".ppm", ".pgm", ".pbm", ".pnm", ".tga"})  # fmt: skip
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1 as shares of width and height
 
-_SYSTEM = {
-    "@eadir", "@tmp", "#recycle", "#snapshot", "__macosx", "$recycle.bin", "lost+found",
-    "system volume information", "thumbs.db", "desktop.ini",
-}  # fmt: skip
+_SYSTEM = {"@eadir", "@tmp", "#recycle", "#snapshot", "__macosx", "$recycle.bin", "lost+found",
+           "system volume information", "thumbs.db", "desktop.ini"}  # fmt: skip
 
 
 def bad(file: Path | str | None, what: str, mend: str) -> LCCoError:
@@ -40,19 +37,18 @@ def is_system(name: str) -> bool:
     return name.startswith(".") or name.casefold() in _SYSTEM
 
 
-def listing(folder: Path) -> tuple[list[Path], dict[str, list[str]]]:
-    """The pictures of a folder by name; and by reason what else is in it, but for its folders.
+def listing(folder: Path) -> tuple[list[Path], list[str]]:
+    """The pictures of a folder by name; and what else is in it, but for folders and system files.
 
-    Hidden and system files are in neither. Raises: LCCoError for a folder that cannot be read.
+    Raises: LCCoError for a folder that cannot be read.
     """
     try:
         entries = sorted(folder.iterdir(), key=lambda e: (e.name.casefold(), e.name))
     except OSError as error:
         raise bad(folder, str(error.strerror), "give a folder with pictures") from None
     named = {e: e.suffix.lower() in ENDINGS for e in entries if not is_system(e.name)}
-    found = [entry for entry, picture in named.items() if picture and entry.is_file()]
-    others = sorted((named[e], e.name) for e in {*named} - {*found} if named[e] or not e.is_dir())
-    return found, {"no picture files": [name for _, name in others]} if others else {}
+    found = {e: e for e, picture in named.items() if picture and e.is_file()}
+    return [*found], [e.name for e in named if e not in found and (named[e] or not e.is_dir())]
 
 
 def pictures_in(folder: Path | str) -> list[Path]:
@@ -62,15 +58,14 @@ def pictures_in(folder: Path | str) -> list[Path]:
 
 @contextlib.contextmanager
 def _opened(path: Path | str) -> Iterator[Image.Image]:
-    """A picture file. What fails with it (decoders raise errors of many kinds) is one line."""
+    """A picture file; whatever a decoder raises becomes one line."""
     try:
         with open(path, "rb") as file, Image.open(file) as image:
             yield image
     except Exception as error:
         told = one_line(error).split("<")[0].strip()[:80] or type(error).__name__
-        told = f"corrupt picture or unknown kind ({told})"
-        what = str(getattr(error, "strerror", None) or told).lower()
-        raise bad(path, what, "put back a sound PNG or JPEG") from None
+        what = getattr(error, "strerror", None) or f"corrupt picture or unknown kind ({told})"
+        raise bad(path, what.lower(), "put back a sound PNG or JPEG") from None
 
 
 def _decoded(path: Path | str, side: int | None = None) -> Image.Image:
@@ -87,12 +82,11 @@ def _decoded(path: Path | str, side: int | None = None) -> Image.Image:
 def read_picture(path: Path | str, side: int | None = None) -> Image.Image:
     """A picture file as RGB uint8, as a viewer shows it: upright, transparent parts white.
 
-    Of an animation the first frame; more than 8 bits as `to_rgb` says. side: the shorter side may
-    shrink by whole factors down to this many pixels, which is fast. Raises: LCCoError.
+    Of an animation the first frame. side: the shorter side may shrink by whole factors down to
+    this many pixels, which is fast. Raises: LCCoError.
     """
     image = to_rgb(_decoded(path, side))
-    factor = min(image.size) // side if side else 1
-    return image.reduce(factor) if factor > 1 else image
+    return image.reduce(max(1, min(image.size) // side)) if side else image
 
 
 def picture_size(path: Path | str) -> tuple[int, int]:
@@ -115,8 +109,8 @@ def to_rgb(image: Image.Image | np.ndarray) -> Image.Image:
     if isinstance(image, np.ndarray):
         if not image.size or image.ndim < 2 or image.shape[2:] not in ((), (1,), (3,), (4,)):
             raise ValueError(f"an array of shape {list(image.shape)}; it must be [H, W, 1, 3 or 4]")
-        image = image[..., 0] if image.shape[2:] == (1,) else image
-    if isinstance(image, np.ndarray) or image.mode[0] in "FI":
+        image = _eight_bits(image[..., 0] if image.shape[2:] == (1,) else image)
+    elif image.mode[0] in "FI":
         image = _eight_bits(image)
     if image.has_transparency_data:
         image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")

@@ -24,12 +24,11 @@ class Draw(NamedTuple):
 class GroupSampler:
     """Draws groups: a class, then N distinct images of it (with repeats if the class has fewer).
 
-    The groups of a step depend on (seed, step) alone; their truth is the union of every class that
-    all N share (COCO-SEG). `class_sampling`: P(class) ∝ 1 (uniform), √count (sqrt) or count
-    (proportional). `paired`: the share of groups whose images all hold a second class, none common
-    to all N, so that only the set tells which one counts (plain groups where that cannot be).
-    `absent`: the chance that one image is replaced by one without the shared classes. `flip`: half
-    of the images are mirrored. `crop` < 1: each is cropped to a random share ≥ `crop` of its sides.
+    They depend on (seed, step) alone; their truth is every class that all N share (COCO-SEG).
+    `class_sampling`: P(class) ∝ 1 (uniform), √count (sqrt) or count (proportional). `paired`: the
+    share of groups whose images all hold a second class, none common to all N. `absent`: the chance
+    that one image is replaced by one without the shared classes. `flip`: half of the images are
+    mirrored. `crop` < 1: each is cropped to a random share ≥ `crop` of its sides.
     """
 
     def __init__(
@@ -42,8 +41,7 @@ class GroupSampler:
         self._members = {c: np.array(items) for c, items in data.groups.items() if items}
         if not self._members:
             raise LCCoError(f"data `{data.name}` has no group to draw from")
-        power = {"uniform": 0.0, "sqrt": 0.5, "proportional": 1.0}[class_sampling]
-        self._weights = {c: len(items) ** power for c, items in self._members.items()}
+        self._power = {"uniform": 0.0, "sqrt": 0.5, "proportional": 1.0}[class_sampling]
         self._pools = {}  # class → its images with a second class, unless all have the same one
         for c, items in self._members.items():
             pool = [i for i in items if len(data.classes_of(i)) > 1]
@@ -79,23 +77,22 @@ class GroupSampler:
         return Draw(tuple(sorted(shared)), tuple(items), tuple(flips), crops)
 
     def _pick(self, rng: np.random.Generator, pools: dict[str, np.ndarray]) -> str:
-        weights = np.array([self._weights[c] for c in pools])
+        weights = np.array([len(self._members[c]) ** self._power for c in pools])
         return list(pools)[rng.choice(len(pools), p=weights / weights.sum())]
 
     def _draw_paired(self, rng: np.random.Generator) -> list[int]:
         """Images with a second class, which not all share; none where 20 draws find no such."""
-        c = self._pick(rng, self._pools)
+        c, classes_of = self._pick(rng, self._pools), self.data.classes_of
         for _ in range(20):
             items = list(rng.choice(self._pools[c], self.size, replace=False))
             for d in sorted(self._common(items) - {c}):  # one that lacks it takes a place
-                rest = [i for i in self._pools[c] if i not in items]
-                if others := [i for i in rest if d not in self.data.classes_of(i)]:
-                    items[rng.integers(self.size)] = rng.choice(others)
+                if rest := [i for i in self._pools[c] if i not in items and d not in classes_of(i)]:
+                    items[rng.integers(self.size)] = rng.choice(rest)
             if self._common(items) == {c}:
                 return items
         return []
 
     def _box(self, rng: np.random.Generator) -> Box:
         side = rng.uniform(self.crop, 1)
-        x, y = rng.uniform(0, 1 - side, 2)
-        return (float(x), float(y), float(x + side), float(y + side))
+        x, y = rng.uniform(0, 1 - side, 2).tolist()
+        return x, y, x + side, y + side

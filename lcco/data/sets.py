@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -16,44 +15,38 @@ from PIL import Image
 
 from lcco.common import VOID, LCCoError, digest, few, file_digest, place, progress
 from lcco.data import pictures
-from lcco.data.overlap import LOOKS, picture_hash
+from lcco.data.overlap import LOOKS, near_pairs, picture_hash
 from lcco.data.pictures import LOSSY, bad, same_name
 from lcco.store import kept
 
-VOC_CLASSES = (
-    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
-    "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train",
-    "tvmonitor",
-)  # fmt: skip
-VOC_MIN_SHARE = 0.01  # an image is in a class's group when at least 1% of its pixels show the class
-SIDES = {"folders": ("image", "groundtruth"), "icoseg": ("images", "ground_truth")}
+_NAMES = Path(__file__).parents[1] / "vocab/voc20.txt"  # where it says `dining table`
+VOC_CLASSES = tuple(_NAMES.read_text(encoding="utf-8").replace(" ", "").split())
+SIDES = {"folders": ("image/", "groundtruth/"), "icoseg": ("images/", "ground_truth/")}
 FACTS = {  # of a file, kept on disk: its place in `files`, and what is computed of it
     "content": (0, lambda path: file_digest(path, 16)),
     "masks": (1, lambda path: file_digest(path, 16)),
     LOOKS: (0, lambda path: picture_hash(pictures.read_picture(path))),
-    "areas": (1, lambda path: class_areas(pictures.read_labels(path, len(VOC_CLASSES)))),
+    "areas": (1, lambda path: class_areas(path)),
 }
 
 
 class CoSegData:
     """A set of pictures with masks, sorted into groups that share a class. Readers subclass it.
 
-    keys: item i's unique name. files: its picture and mask; none if drawn. groups: class → items,
-    sorted by key; a reader sets them or has its own `classes_of`. left_out: (kind, item, why).
+    keys: item i's unique name. classes: those whose groups hold it. files: its picture and mask;
+    none if drawn. left_out: (kind, item, why).
     """
 
     exhaustive = True  # False: an item's truth knows one class only, others may be in the picture
 
     def __init__(
-        self, name: str, layout: str, keys: Iterable[str] = (),
-        groups: Mapping[str, Sequence[int]] | None = None,
-    ) -> None:  # fmt: skip
+        self, name: str, layout: str, keys: Iterable[str] = (), classes: Iterable[Iterable] = ()
+    ) -> None:
         self.name, self.layout, self.keys = name, layout, tuple(keys)
         self.files: list[tuple[Path, Path]] = []
         self.left_out: list[tuple[str, str, str]] = []
         self.facts: dict[str, list[Any]] = {}
-        if groups is not None:
-            self.groups = {c: tuple(groups[c]) for c in sorted(groups)}
+        self.classes = [frozenset(held) for held in classes]
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -68,31 +61,28 @@ class CoSegData:
 
     def sized(self, i: int, mask: np.ndarray) -> np.ndarray:
         """The mask, if it has the size of image i. Raises: LCCoError if it has not."""
-        size, own = pictures.picture_size(self.files[i][0]), mask.shape[::-1]
-        if size != own:
-            what = f"mask of {own} pixels for image {self.keys[i]} of {size}"
+        if (size := pictures.picture_size(self.files[i][0])) != mask.shape[::-1]:
+            what = f"mask of {mask.shape[::-1]} pixels for image {self.keys[i]} of {size}"
             raise bad(self.files[i][1], what, "make them one size")
         return mask
 
     def grey_truth(self, i: int) -> np.ndarray | None:
         """uint8 [H, W]: the truth before its threshold, where its file is lossy (JPEG)."""
-        return None
+        lossy = self.files and self.files[i][1].suffix.lower() in LOSSY
+        return pictures.read_mask(self.files[i][1]) if lossy else None
 
     @cached_property
     def groups(self) -> Mapping[str, Sequence[int]]:
         """Class → its items, in the order of their keys."""
-        held = [self.classes_of(i) for i in range(len(self))]
-        order = sorted(range(len(self)), key=self.keys.__getitem__)
-        return {c: tuple(i for i in order if c in held[i]) for c in sorted(set().union(*held))}
-
-    @cached_property
-    def _classes(self) -> list[frozenset[str]]:
-        held = {c: set(items) for c, items in self.groups.items()}
-        return [frozenset(c for c in held if i in held[c]) for i in range(len(self))]
+        found: dict[str, list[int]] = {}
+        for i in sorted(range(len(self)), key=self.keys.__getitem__):
+            for c in self.classes_of(i):
+                found.setdefault(c, []).append(i)
+        return {c: tuple(found[c]) for c in sorted(found)}
 
     def classes_of(self, i: int) -> frozenset[str]:
         """The classes whose groups hold image i."""
-        return self._classes[i]
+        return self.classes[i]
 
     def labels_of(self, i: int) -> frozenset[str]:
         """Every class with any pixel in image i (`classes_of` may ask for a least area)."""
@@ -109,8 +99,8 @@ class CoSegData:
         if kind not in self.facts:
             side, compute = FACTS[kind]
             files = sorted({pair[side] for pair in self.files})
-            stats = [(f.stat(), str(f.absolute())) for f in files]
-            stamp = digest([[name, s.st_size, s.st_mtime_ns] for s, name in stats], 16)
+            stats = [(str(f.absolute()), f.stat()) for f in files]
+            stamp = digest([[name, s.st_size, s.st_mtime_ns] for name, s in stats], 16)
             make = partial(threaded, compute, files, f"reading files ({kind})")
             values = kept(place("cache") / f"{kind}-{stamp}.json", make)
             found = dict(zip(files, values, strict=True))
@@ -124,6 +114,12 @@ class CoSegData:
     def hashes(self) -> list[str]:
         """Every item's `picture_hash`."""
         return [self.fact(i, LOOKS) for i in range(len(self))]
+
+    def overlap(self, other: CoSegData) -> list[tuple[int, int]]:
+        """(index here, index there) of every picture that both sets hold; kept on disk."""
+        stamp = digest([LOOKS, self.digest(), other.digest()], 16)
+        file = place("cache") / f"overlap-{stamp}.json"
+        return [(i, j) for i, j in kept(file, lambda: near_pairs(self.hashes(), other.hashes()))]
 
     @cached_property
     def _digests(self) -> list[str]:
@@ -164,7 +160,7 @@ class CoSegData:
 
 def threaded(compute: Callable[[Any], Any], items: Sequence[Any], what: str) -> list[Any]:
     """`compute(item)` of each item, in threads, telling how far it is."""
-    with ThreadPoolExecutor(max(2, min(8, os.cpu_count() or 2))) as pool:
+    with ThreadPoolExecutor(8) as pool:
         return list(progress(pool.map(compute, items), what, len(items)))
 
 
@@ -193,7 +189,7 @@ class View(CoSegData):
 def folders_in(root: Path) -> dict[str, Path]:
     """A folder's folders by class, in small letters. Raises: LCCoError for two of one class."""
     found: dict[str, Path] = {}
-    for folder in sorted(root.iterdir()) if root.is_dir() else ():
+    for folder in sorted(root.iterdir()):
         if folder.is_dir() and not pictures.is_system(folder.name):
             c = same_name(folder.name).strip().lower().removesuffix("100")  # Internet's `Horse100`
             closed = re.sub(r"[ _-]", "", c)  # `Dining_Table`
@@ -221,15 +217,12 @@ def read_lines(file: Path) -> list[str]:
 
 
 class FolderData(CoSegData):
-    """A set of one folder a class: layouts `folders` (SSNM, UFO), `icoseg` and `rubinstein`.
-
-    An item sits in one class, and its truth, an object above 127, knows that class alone.
-    """
+    """A folder a class (`folders`, `icoseg`, `rubinstein`); masks know that class, above 127."""
 
     exhaustive = False
 
     def __init__(self, name: str, root: Path, layout: str, classes: Sequence[str] = ()) -> None:
-        super().__init__(name, layout, groups={})
+        super().__init__(name, layout)
         sides = [root / side for side in SIDES.get(layout, (".", "."))]
         images, truths = map(folders_in, sides)
         if layout == "rubinstein":
@@ -241,14 +234,13 @@ class FolderData(CoSegData):
         for c in sorted(classes or known):
             folder, other = images.get(c, sides[0] / c), truths.get(c, sides[1] / c)
             found, masks = by_stem(folder), by_stem(other)
+            self.keys += tuple(f"{c}/{s}" for s in sorted(found))
+            self.classes += [frozenset({c})] * len(found)
             self.files += [(found[s], masks.pop(s, other / f"{s}.png")) for s in sorted(found)]
             self.left_out += [("missing image", f"{c}/{s}", f"for {masks[s]}") for s in masks]
-            for why, names in pictures.listing(folder)[1].items() if c in images else ():
-                self.left_out += [("file left out", f"{c}/{word}", why) for word in names]
-            if found:
-                self.groups[c] = tuple(range(len(self.keys), len(self.files)))
-                self.keys += tuple(f"{c}/{s}" for s in sorted(found))
-            else:
+            others = pictures.listing(folder)[1] if c in images else ()
+            self.left_out += [("file left out", f"{c}/{o}", "no picture file") for o in others]
+            if not found:
                 self.left_out.append(("class without a picture", c, f"none in {folder}"))
         if not self.keys:
             raise bad(root, "no class folder with pictures", "put some in")
@@ -263,16 +255,9 @@ class FolderData(CoSegData):
             raise bad(truth, f"mask has no value above {top}", "save the object as 255 (white)")
         return (grey > 127).astype(np.uint8)
 
-    def grey_truth(self, i: int) -> np.ndarray | None:
-        truth = self.files[i][1]
-        return pictures.read_mask(truth) if truth.suffix.lower() in LOSSY else None
-
 
 class VOCData(CoSegData):
-    """PASCAL VOC: masks of class numbers, 255 = void; a line of a list is a picture's name.
-
-    An image belongs to a class's group when the class covers at least 1% of its pixels.
-    """
+    """PASCAL VOC: masks of class numbers, 255 = void; an image is in a class's group from 1% on."""
 
     def __init__(self, name: str, root: Path, lists: Sequence[str]) -> None:
         super().__init__(name, "voc")
@@ -293,7 +278,7 @@ class VOCData(CoSegData):
                        masks.get(key, sides[1] / f"{key}.png")) for key in found]  # fmt: skip
 
     def classes_of(self, i: int) -> frozenset[str]:
-        return frozenset(c for c, n in self.fact(i, "areas").items() if n >= VOC_MIN_SHARE)
+        return frozenset(c for c, n in self.fact(i, "areas").items() if n >= 0.01)
 
     def labels_of(self, i: int) -> frozenset[str]:
         return frozenset(self.fact(i, "areas"))
@@ -304,7 +289,8 @@ class VOCData(CoSegData):
         return np.where(labels == VOID, VOID, np.isin(labels, own)).astype(np.uint8)
 
 
-def class_areas(labels: np.ndarray) -> dict[str, float]:
+def class_areas(path: Path) -> dict[str, float]:
     """Class → its share of the pixels of a VOC mask."""
+    labels = pictures.read_labels(path, len(VOC_CLASSES))
     counts = np.bincount(labels.ravel(), minlength=256).tolist()
     return {c: n / labels.size for c, n in zip(VOC_CLASSES, counts[1:], strict=False) if n}

@@ -22,7 +22,6 @@ from lcco.backbones import model_file, read_about
 from lcco.common import LCCoError, Missing, digest, file_digest, place
 from lcco.config import TRAINING_VERSION, Experiment, Profile
 from lcco.data import CoSegData, load_data
-from lcco.data.overlap import overlap
 from lcco.experiment.evaluate import Evaluation, evaluate_all
 from lcco.experiment.predictor import Predictor, load_model, read_experiment
 from lcco.experiment.train import Trainer, environment, training_data
@@ -73,7 +72,7 @@ class Run:
         for part in [part for part in self.record["trained_on"] if part[kind]]:
             how = {"without": part.get("without", ()), "counts": part.get("counts")}
             try:
-                seen |= {j for _, j in overlap(load_data(part[kind], **how), test)}
+                seen |= {j for _, j in load_data(part[kind], **how).overlap(test)}
             except LCCoError as error:
                 unknown = f"whether {self.path.name} has seen {test.name} is unknown: {error}"
                 if part is own and self.weights.parent == self.path:  # no file from elsewhere
