@@ -36,9 +36,8 @@ class Backbone(nn.Module):
     (pre-trained weights), stay in evaluation mode: a step is too few images for batch statistics.
     """
 
-    def __init__(
-        self, name: str, stages: Sequence[nn.Module], frozen_stages: int, keep_statistics: bool
-    ) -> None:
+    def __init__(self, name: str, stages: Sequence[nn.Module], frozen_stages: int,
+                 keep_statistics: bool) -> None:  # fmt: skip
         super().__init__()
         self.name, (self.channels, (self.mean, self.std)) = name, _SPECS[name]
         self.frozen_stages, self.keep_statistics = frozen_stages, keep_statistics
@@ -144,7 +143,6 @@ def _network(name: str) -> tuple[nn.Module, list[list[nn.Module]]]:
     return net, [[*stem, net.layer1], [net.layer2], [net.layer3], [net.layer4]]
 
 
-# ---------------------------------------------------------------------------------- weights files
 def weights_file(name: str, weights: str) -> Path:
     """The file behind "imagenet" (torchvision's first weights, for the ResNets), "package" (part of
     lcco or installed by pip), "shipped" (lcco's own model) or a path. Raises: as `hub_file`.

@@ -14,14 +14,10 @@ import lcco
 from lcco.common import LCCoError, duration, one_line
 
 plain: dict[str, Any] = {"no_args_is_help": True, "rich_markup_mode": None}
-app = typer.Typer(
-    help="LCCo: lending CLIP to co-segmentation.", add_completion=False,
-    pretty_exceptions_enable=False, **plain,
-)  # fmt: skip
+plain |= {"add_completion": False, "pretty_exceptions_enable": False}
+app = typer.Typer(help="LCCo: lending CLIP to co-segmentation.", **plain)
 data_app = typer.Typer(help="Check a data folder.", **plain)
 app.add_typer(data_app, name="data")
-
-Text = str | None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -123,10 +119,10 @@ def cosegment(
     recursive: Annotated[bool, Option("--recursive", help="Folders inside are sets too.")] = False,
     manifest: Annotated[Path | None, Option(
         metavar="FILE", help='A set a line: {"name": …, "images": […]}.')] = None,
-    background: Annotated[Text, Option(
+    background: Annotated[str | None, Option(
         metavar="white|blur|FILE", help="Behind the cut-outs; else transparent.")] = None,
-    cls: Annotated[Text, Option("--class", metavar="NAME", help="A hint what it is.")] = None,
-    weights: Annotated[Text, Option(metavar="FILE|RUN", help="Not the shipped model.")] = None,
+    cls: Annotated[str | None, Option("--class", metavar="NAME", help="A hint what it is.")] = None,
+    weights: Annotated[str | None, Option(metavar="FILE|RUN", help="Another model.")] = None,
     threshold: Annotated[float, Option(metavar="T", help="On the probabilities.")] = 0.5,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace another set's.")] = False,
 ) -> None:  # fmt: skip

@@ -24,7 +24,8 @@ class Missing(LCCoError):
 
     def __init__(self, kind: Literal["data", "weights"], name: str, how: str) -> None:
         super().__init__(f"{kind} `{name}` not found: {how}")
-        self.how, self.status = how, f"not run: {kind} not found ({name})"
+        self.kind, self.name, self.how = kind, name, how
+        self.status = f"not run: {kind} not found ({name})"
 
 
 def project_root() -> Path:
@@ -73,9 +74,8 @@ def duration(seconds: float) -> str:
     return f"{h} h {m:02d} min" if h else f"{m} min {s:02d} s" if m else f"{s} s"
 
 
-def progress(
-    items: Iterable[T], what: str, total: int | None = None, every: float = 10.0
-) -> Iterable[T]:
+def progress(items: Iterable[T], what: str, total: int | None = None,
+             every: float = 10.0) -> Iterable[T]:  # fmt: skip
     """The items, telling how far it is: a bar in a terminal, else a line in `every` seconds."""
     from tqdm import tqdm
 

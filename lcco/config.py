@@ -135,8 +135,6 @@ class Experiment(Settings):
     def _fit(self) -> Experiment:
         if self.data.crop < 1 and self.model.frozen_stages:
             raise ValueError("data.crop needs a live backbone: set model.frozen_stages to 0")
-        if self.data.size == 32 and self.data.groups * self.data.group_size == 1:
-            raise ValueError("data.size 32 needs two pictures a step: batch statistics of one fail")
         return self
 
     @property
@@ -223,7 +221,6 @@ def typed(value: Any, kind: Any, key: str = "") -> Any:
     raise LCCoError(f"`{key}`{got} {said}" if key else said)
 
 
-# ---------------------------------------------------------------------------------- profiles
 def _profiles() -> Path:
     return project_root() / "notebooks" / "profiles"
 

@@ -106,10 +106,8 @@ class Result:
             return None
 
 
-def cosegment(
-    images: Sequence[Picture] | Picture, *, weights: Path | str | Predictor | None = None,
-    cls: str | None = None, threshold: float = 0.5,
-) -> list[Result]:  # fmt: skip
+def cosegment(images: Sequence[Picture] | Picture, *, weights: Path | str | Predictor | None = None,
+              cls: str | None = None, threshold: float = 0.5) -> list[Result]:  # fmt: skip
     """Find what pictures have in common, and where it is in each of them.
 
     images: paths, PIL images, arrays ([H, W] or [H, W, 1, 3 or 4]; floats in 0..1), or a folder.
@@ -185,9 +183,8 @@ def _words(predictor: Predictor, S: torch.Tensor) -> list[tuple[str, float]]:
     return [(predictor.vocabulary.words[i], float(v[i])) for i in v.argsort(descending=True)[:5]]
 
 
-def find_sets(
-    sources: Iterable[Path | str], recursive: bool = False, manifest: Path | str | None = None
-) -> list[tuple[Path, list[Path]]]:
+def find_sets(sources: Iterable[Path | str], recursive: bool = False,
+              manifest: Path | str | None = None) -> list[tuple[Path, list[Path]]]:  # fmt: skip
     """The sets that are named: the place of each below the results' folder, and its pictures.
 
     A folder is a set, and so are all listed files and globs together. recursive: so is each folder
@@ -233,12 +230,11 @@ def _manifest(path: Path) -> Iterator[tuple[Path, list[Path]]]:
         yield place, files
 
 
-def cosegment_folder(
-    sources: Iterable[Path | str] | Path | str, out: Path | str, *, recursive: bool = False,
-    manifest: Path | str | None = None, overwrite: bool = False,
-    background: Path | str | None = None, weights: Path | str | Predictor | None = None,
-    cls: str | None = None, threshold: float = 0.5,
-) -> list[Record]:  # fmt: skip
+def cosegment_folder(sources: Iterable[Path | str] | Path | str, out: Path | str, *,
+                     recursive: bool = False, manifest: Path | str | None = None,
+                     overwrite: bool = False, background: Path | str | None = None,
+                     weights: Path | str | Predictor | None = None, cls: str | None = None,
+                     threshold: float = 0.5) -> list[Record]:  # fmt: skip
     """Co-segment the sets that `find_sets` finds into the folder `out`.
 
     Of each set: masks (0 and 255, the picture's own size), cut-outs, overlays, a contact sheet, a

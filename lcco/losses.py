@@ -90,10 +90,9 @@ def bce_loss(logits: Tensor, truth: Tensor, present: Tensor) -> Tensor:
     return _mean(terms.sum(dim=(-2, -1)) / valid.sum(dim=(-2, -1)).clamp(min=1), present)
 
 
-def total_loss(
-    output: Output, truth: Tensor, present: Tensor, true: Tensor | None = None, *,
-    lambda_cs: float = 1.0, lambda_c: float = 1.0, lc_reduction: str = "mean", bce: float = 0.0,
-) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+def total_loss(output: Output, truth: Tensor, present: Tensor, true: Tensor | None = None, *,
+               lambda_cs: float = 1.0, lambda_c: float = 1.0, lc_reduction: str = "mean",
+               bce: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """The training loss and its parts, {"iou", "cs", "c", "bce"} as far as used. Paper: Eq. (9).
 
     output: of `LCCo`, whose half-precision logits become float here; true: [B] from `true_class`,

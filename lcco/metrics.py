@@ -164,15 +164,14 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return float(np.mean(kept)) if kept else None
 
 
-_ALL = (
+PROTOCOLS = {p.name: p for p in (
     Protocol("ssnm", 224, 0.8, True, False, "zero", "consecutive", "image"),
     Protocol("ufo", 224, 0.5, True, False, "zero", "consecutive", "image"),
     Protocol("segswap", None, 0.5, False, False, "skip", "class", "class"),
     Protocol("pooled", 321, 0.5, False, False, "zero", "class", "pooled"),
     # only "one" tells a right answer from a false alarm
     Protocol("native", None, 0.5, False, True, "one", "seeded", "image"),
-)
-PROTOCOLS = {p.name: p for p in _ALL}
+)}  # fmt: skip
 
 
 def get_protocol(name: str) -> Protocol:

@@ -197,18 +197,15 @@ class CLIPInteraction(nn.Module):
 class CLIPRegularization(nn.Module):
     """CLIP regularization: the set's most likely class is found; its text embedding modulates F³.
 
-    The argmax passes no gradient: MLP3 learns from Eq. 12 alone.
-    Deviation (`shared`): Eq. 12 teaches a P→P MLP3 never to choose a word that no training group
-    was of. One small network for all words, of a word's similarity to the image and to the set,
-    may choose unseen classes, and fits any vocabulary.
-    Deviation (`skip`): adds MLP3's input (`shared`: the set's), so training starts from CLIP's
-    own opinion.
+    The argmax passes no gradient: MLP3 learns from Eq. 12 alone. Deviation (`shared`): Eq. 12
+    teaches a P→P MLP3 never to choose a word that no training group was of. One small network for
+    all words, of a word's similarity to the image and to the set, may choose unseen classes, and
+    fits any vocabulary. Deviation (`skip`): adds MLP3's input (`shared`: the set's), so training
+    starts from CLIP's own opinion.
     """
 
-    def __init__(
-        self, channels: int, width: int, prompts: int, logit_scale: float, *,
-        residual: bool = False, skip: bool = False, shared: bool = False,
-    ):  # fmt: skip
+    def __init__(self, channels: int, width: int, prompts: int, logit_scale: float, *,
+                 residual: bool = False, skip: bool = False, shared: bool = False):  # fmt: skip
         super().__init__()
         P = prompts
         self.logit_scale, self.skip, self.shared = logit_scale, skip, shared
@@ -250,13 +247,12 @@ class LCCo(nn.Module):
     Raises: ValueError for strides that are not of 32, 16, 8, or rise.
     """
 
-    def __init__(
-        self, *, backbone: nn.Module, embedding_width: int, prompts: int, width: int = 256,
-        logit_scale: float = 100.0, isfc: bool = True, clip_interaction: bool = True,
-        clip_regularization: bool = True, isfc_softmax: str = "neighbours",
-        placement: str = "decoder", strides: tuple[int, int, int] = (32, 16, 8), k: int = 5,
-        modulation_residual: bool = False, mlp3: str = "vocabulary", mlp3_skip: bool = False,
-    ):  # fmt: skip
+    def __init__(self, *, backbone: nn.Module, embedding_width: int, prompts: int, width: int = 256,
+                 logit_scale: float = 100.0, isfc: bool = True, clip_interaction: bool = True,
+                 clip_regularization: bool = True, isfc_softmax: str = "neighbours",
+                 placement: str = "decoder", strides: tuple[int, int, int] = (32, 16, 8),
+                 k: int = 5, modulation_residual: bool = False, mlp3: str = "vocabulary",
+                 mlp3_skip: bool = False):  # fmt: skip
         super().__init__()
         decoder = placement == "decoder"
         if decoder and (set(strides) - {8, 16, 32} or list(strides) != sorted(strides)[::-1]):
@@ -280,11 +276,9 @@ class LCCo(nn.Module):
             CLIPRegularization(C3, D, prompts, logit_scale, **how) if clip_regularization else None
         )
 
-    def forward(
-        self, images: Tensor | None, image_embeddings: Tensor, prompt_embeddings: Tensor, *,
-        maps: list[Tensor] | None = None, present: Tensor | None = None,
-        target: Tensor | None = None, k: int | None = None,
-    ) -> Output:  # fmt: skip
+    def forward(self, images: Tensor | None, image_embeddings: Tensor, prompt_embeddings: Tensor, *,
+                maps: list[Tensor] | None = None, present: Tensor | None = None,
+                target: Tensor | None = None, k: int | None = None) -> Output:  # fmt: skip
         """Segment the common object of each group.
 
         images: [B, N, 3, H, W] in 0..1, H and W divisible by 32; or None with `maps`, the
@@ -302,9 +296,8 @@ class LCCo(nn.Module):
         out.logits = out.logits.index_put((present,), logits)  # [B, N, H, W]
         return out
 
-    def semantics(
-        self, images: Tensor, prompts: Tensor, present: Tensor, target: Tensor | None, k: int | None
-    ) -> tuple[Output, list[Step]]:
+    def semantics(self, images: Tensor, prompts: Tensor, present: Tensor, target: Tensor | None,
+                  k: int | None) -> tuple[Output, list[Step]]:  # fmt: skip
         """From embeddings [B, N, D] and [P, D] to the modules' steps on the maps, in order."""
         P, D = prompts.shape
         group = present.nonzero()[:, 0]  # [M] group numbers

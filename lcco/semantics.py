@@ -214,7 +214,6 @@ def _device(device: Any) -> torch.device:
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-# ------------------------------------------------------------------------ vocabularies and prompts
 @dataclass(frozen=True)
 class Vocabulary:
     """The words an image set may be about, and their prompts as a tower embeds them."""
@@ -290,9 +289,8 @@ def prompts(tower: Tower, words: Sequence[str], templates: Sequence[str]) -> Ten
     return F.normalize(found.unflatten(0, (len(words), -1)).mean(1), dim=-1)
 
 
-def painted(
-    image: Image.Image, mask: np.ndarray, background: str = "zero", mean: Colour = (0.5, 0.5, 0.5)
-) -> Image.Image:
+def painted(image: Image.Image, mask: np.ndarray, background: str = "zero",
+            mean: Colour = (0.5, 0.5, 0.5)) -> Image.Image:  # fmt: skip
     """The image with all pixels where `mask` is not 1 black, or of colour `mean` (0..1)."""
     pixels = np.array(image.convert("RGB"))
     pixels[mask != 1] = [0, 0, 0] if background == "zero" else [round(255 * m) for m in mean]

@@ -50,7 +50,6 @@ def test_an_experiment_survives_json():
         ({"data.crop": 0.5, "model.frozen_stages": 2}, "needs a live backbone"),
         ({"name": "a/b"}, "`name` is 'a/b'"),
         ({"seed": -1}, "`seed` is -1"),
-        ({"data.size": 32, "data.groups": 1, "data.group_size": 1}, "two pictures a step"),
     ],
 )
 def test_wrong_settings_are_one_line(changes, said):

@@ -730,8 +730,6 @@ def test_unknown_names_and_layouts(tmp_path: Path) -> None:
         load_data("nonesuch")
     with _refused("counts has `nonesuch`; only drawn sets have a count"):
         load_data("nonesuch", counts={"nonesuch": 3})
-    with _refused("0 pictures; give 1 or more"):
-        load_data("glyphworld_train", counts={"glyphworld_train": 0})
     (tmp_path / "pictures").mkdir()
     for folder in ("pictures", "nothing"):
         with _refused("no folder in a known layout; expected image/<class>.*VOC, COCO"):

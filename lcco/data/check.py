@@ -5,16 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import pandas as pd
 
 from lcco.common import LCCoError
 from lcco.data import pictures
 from lcco.data.load import open_folder
 from lcco.data.overlap import near_pairs, picture_hash
 from lcco.data.sets import VOC_CLASSES, CoSegData, VOCData, threaded
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 Row = tuple[str, str, str]  # check, item, detail
 
@@ -23,9 +21,7 @@ _ERRORS = ("missing image", "missing mask", "bad image", "bad mask", "most masks
 _NOTES = ("duplicate", "empty mask", "file left out", "image left out")
 
 
-def check(
-    path: str | Path, training: CoSegData | None = None, *, limit: int = 20
-) -> pd.DataFrame:
+def check(path: str | Path, training: CoSegData | None = None, *, limit: int = 20) -> pd.DataFrame:
     """What a folder holds and what is wrong with it.
 
     Columns: status, check, item, found (how many of the kind), detail. status: ok, note (an empty
@@ -33,8 +29,6 @@ def check(
     mask, a picture that is in `training` too), with which `.attrs["ok"]` is False. limit: items
     listed of a kind. Raises: LCCoError for a folder that is no set at all.
     """
-    import pandas as pd
-
     data = open_folder(Path(path))
     looks: dict[int, str] = {}
     items = range(len(data))

@@ -110,9 +110,8 @@ def _texture(rng: np.random.Generator, side: int, size: int, depth: float) -> np
     return (1 + depth * wave)[..., None].astype(np.float32)
 
 
-def _colour(
-    rng: np.random.Generator, away: Sequence[np.ndarray], distance: float, saturation: tuple
-) -> np.ndarray:
+def _colour(rng: np.random.Generator, away: Sequence[np.ndarray], distance: float,
+            saturation: tuple) -> np.ndarray:  # fmt: skip
     """An RGB colour in 0..1, if it can be at least `distance` from those of `away`."""
     tried = []
     for _ in range(40):
@@ -127,9 +126,8 @@ def _colour(
     return max(tried, key=lambda one: one[0])[1]
 
 
-def _layout(
-    rng: np.random.Generator, patches: list[np.ndarray], extents: list[float], size: int
-) -> list[np.ndarray]:
+def _layout(rng: np.random.Generator, patches: list[np.ndarray], extents: list[float],
+            size: int) -> list[np.ndarray]:  # fmt: skip
     """Each patch's upper left corner: of 40 layouts the first that leaves 80% of each visible."""
     tried = []
     for _ in range(40):
@@ -147,9 +145,8 @@ def _layout(
     return max(tried, key=lambda one: one[0])[1]
 
 
-def draw(
-    names: Sequence[str], seed: int | Sequence[int], size: int = 128
-) -> tuple[Image.Image, np.ndarray]:
+def draw(names: Sequence[str], seed: int | Sequence[int],
+         size: int = 128) -> tuple[Image.Image, np.ndarray]:  # fmt: skip
     """Draw a scene of the named objects: an RGB picture and its label map, uint8 [size, size].
 
     A label is the class's place in `CLASSES` plus 1; 0 is background. Equal arguments draw equal
@@ -215,12 +212,10 @@ def glyphworld(fold: str, n: int | None = None, size: int = 128) -> CoSegData:
     two or three of the training classes. `choice`: 264 of two test classes. `test`: 25 for each
     test class, in its group alone, beside one or two others; every 30th lacks the object.
     n: number of pictures (`test`: for each class). size: side in pixels; the same scene at any.
-    Raises: LCCoError for an unknown fold, or for n below 1.
+    Raises: LCCoError for an unknown fold.
     """
     if fold not in _COUNTS:
         raise LCCoError(f"GlyphWorld has no fold `{fold}`; it has {', '.join(_COUNTS)}")
-    if n is not None and n < 1:
-        raise LCCoError(f"glyphworld_{fold}: {n} pictures; give 1 or more")
     rng = np.random.default_rng((VERSION, 1000 + list(_COUNTS).index(fold)))
     found = (_test_scenes if fold == "test" else _scenes)(rng, fold, n or _COUNTS[fold])
     return GlyphWorld(fold, list(found), size)

@@ -16,8 +16,7 @@ CELLS = 24  # a side of the thumbnail
 def picture_hash(image: Image.Image) -> str:
     """What a picture looks like: a grey thumbnail and a 128-bit difference hash, in hex.
 
-    Copies differ in few bits (`NEAR`), other pictures in half of them, or in few on a plain ground,
-    where the thumbnail tells.
+    Copies differ in few bits (`NEAR`), others in half of them; on plain ground the thumbnail tells.
     """
     grey = image.convert("L")
     rows = np.asarray(grey.resize((9, 8), Image.Resampling.BOX), np.int16)

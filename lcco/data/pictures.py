@@ -38,10 +38,7 @@ def is_system(name: str) -> bool:
 
 
 def listing(folder: Path) -> tuple[list[Path], list[str]]:
-    """The pictures of a folder by name; and what else is in it, but for folders and system files.
-
-    Raises: LCCoError for a folder that cannot be read.
-    """
+    """The pictures of a folder by name; and its other files. Raises: LCCoError if unreadable."""
     try:
         entries = sorted(folder.iterdir(), key=lambda e: (e.name.casefold(), e.name))
     except OSError as error:
@@ -150,10 +147,8 @@ def read_labels(path: Path | str, last: int) -> np.ndarray:
     return labels
 
 
-def load_square(
-    picture: Image.Image, size: int, crop: Box | None = None,
-    how: Image.Resampling = Image.Resampling.BILINEAR,
-) -> np.ndarray:  # fmt: skip
+def load_square(picture: Image.Image, size: int, crop: Box | None = None,
+                how: Image.Resampling = Image.Resampling.BILINEAR) -> np.ndarray:  # fmt: skip
     """uint8 [size, size, 3]: a picture, or a crop of it, squashed (bilinear, antialiased)."""
     box = [s * n for s, n in zip(crop or (0, 0, 1, 1), picture.size * 2, strict=True)]
     return np.array(picture.resize((size, size), how, tuple(box)))

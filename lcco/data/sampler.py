@@ -31,11 +31,9 @@ class GroupSampler:
     mirrored. `crop` < 1: each is cropped to a random share ≥ `crop` of its sides.
     """
 
-    def __init__(
-        self, data: CoSegData, *, groups: int, group_size: int, seed: int,
-        class_sampling: str = "uniform", paired: float = 0.0, absent: float = 0.0,
-        flip: bool = False, crop: float = 1.0,
-    ) -> None:  # fmt: skip
+    def __init__(self, data: CoSegData, *, groups: int, group_size: int, seed: int,
+                 class_sampling: str = "uniform", paired: float = 0.0, absent: float = 0.0,
+                 flip: bool = False, crop: float = 1.0) -> None:  # fmt: skip
         self.data, self.n, self.size, self.seed = data, groups, group_size, seed
         self.paired, self.absent, self.flip, self.crop = paired, absent, flip, crop
         self._members = {c: np.array(items) for c, items in data.groups.items() if items}

@@ -39,9 +39,8 @@ class CoSegData:
 
     exhaustive = True  # False: an item's truth knows one class only, others may be in the picture
 
-    def __init__(
-        self, name: str, layout: str, keys: Iterable[str] = (), classes: Iterable[Iterable] = ()
-    ) -> None:
+    def __init__(self, name: str, layout: str, keys: Iterable[str] = (),
+                 classes: Iterable[Iterable] = ()) -> None:  # fmt: skip
         self.name, self.layout, self.keys = name, layout, tuple(keys)
         self.files: list[tuple[Path, Path]] = []
         self.left_out: list[tuple[str, str, str]] = []
@@ -160,7 +159,7 @@ class CoSegData:
 
 def threaded(compute: Callable[[Any], Any], items: Sequence[Any], what: str) -> list[Any]:
     """`compute(item)` of each item, in threads, telling how far it is."""
-    with ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(4) as pool:
         return list(progress(pool.map(compute, items), what, len(items)))
 
 

@@ -15,7 +15,6 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lcco.common import LCCoError
 from lcco.config import Experiment, Profile
 from lcco.experiment.features import make_features
 from lcco.experiment.predictor import build_model
@@ -36,8 +35,6 @@ def bench(profile: Profile, repeats: int = 5) -> pd.DataFrame:
     seconds: the least of `repeats` rounds that take all in turn, after one to warm up. ratio: by
     those of tower and backbone. Weights are random; the words' embeddings are not counted.
     """
-    if repeats < 1:
-        raise LCCoError(f"`repeats` is {repeats}; it must be 1 or more")
     e = profile.experiment.replace({"model.weights": None, "tower.weights": None})
     n, about = profile.group_size, environment()
     works, sizes = parts(e, n)

@@ -37,10 +37,8 @@ class Features:
     of a crop of it, uint8 [S, S] of {0, 1, 255 = void}.
     """
 
-    def __init__(
-        self, tower: Tower, backbone: Backbone, size: int, *,
-        stages: int | None = None, device: str = "cpu",
-    ) -> None:  # fmt: skip
+    def __init__(self, tower: Tower, backbone: Backbone, size: int, *, stages: int | None = None,
+                 device: str = "cpu") -> None:  # fmt: skip
         self.tower, self.backbone, self.size, self.device = tower, backbone, size, device
         self.stages = backbone.frozen_stages if stages is None else stages
         shapes = [(size // 2 ** (n + 2),) * 2 + (c,) for n, c in enumerate(backbone.channels)]
@@ -112,10 +110,9 @@ class Features:
         vectors[~np.array(shown, bool)] = 0
         return vectors
 
-    def visual(
-        self, data: CoSegData, items: Sequence[int], flips: Sequence[bool] | None = None,
-        crops: Sequence[Box | None] | None = None, keep: bool = True,
-    ) -> tuple[Tensor | None, list[Tensor] | None]:  # fmt: skip
+    def visual(self, data: CoSegData, items: Sequence[int], flips: Sequence[bool] | None = None,
+               crops: Sequence[Box | None] | None = None,
+               keep: bool = True) -> tuple[Tensor | None, list[Tensor] | None]:  # fmt: skip
         """(images [n, 3, S, S] in 0..1, None) for a live backbone, else (None, leading maps).
 
         Maps, never of crops: [n, C, h, w] each, in half precision where kept. `keep=False`: for

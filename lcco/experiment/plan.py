@@ -51,8 +51,7 @@ class Job(NamedTuple):
 def reading_variants(profile: Profile, vocabularies: Sequence[str] | None = None) -> Variants:
     """The open readings of the paper: the profile's own, then each turned over alone.
 
-    vocabularies: other ones to train with; None: `voc20` and `imagenet1k` (for GlyphWorld
-    `coco80`, whose words name none of its objects).
+    vocabularies: others to train with; None: `voc20` and `imagenet1k`, for GlyphWorld `coco80`.
     """
     own = profile.experiment.flat()
     if vocabularies is None:
@@ -69,10 +68,7 @@ def reading_variants(profile: Profile, vocabularies: Sequence[str] | None = None
 
 
 def needs(notebook: str, profile: Profile) -> list[Job]:
-    """The trainings and scores that a notebook (`01`, …, `method`) asks for.
-
-    Raises: LCCoError for an unknown notebook.
-    """
+    """The trainings and scores that a notebook (`01`, …, `method`) asks for. Raises: LCCoError."""
     p, lcco, n = profile, {"LCCo": {}}, profile.group_size
     ks = {f"K = {k}": {"model.k": k} for k in p.k_values}
     choice = [Score(test, ("choice",), n) for test in p.choice_tests]

@@ -52,9 +52,7 @@ class Predictor:
         self.model.eval().to(self.features.device)  # not at each set: a third of a small one's time
 
     @torch.no_grad()
-    def output(
-        self, data: CoSegData, items: Sequence[int], cls: str | None = None
-    ) -> Output:
+    def output(self, data: CoSegData, items: Sequence[int], cls: str | None = None) -> Output:
         """The network's `Output` for one set of items. cls: the true class, used with `gt` only."""
         f, device, target = self.features, self.features.device, None
         images, maps = f.visual(data, items, keep=self.keep)
@@ -74,7 +72,6 @@ class Predictor:
         return self.output(data, items, cls).logits[0].float().sigmoid().cpu().numpy()
 
 
-# ---------------------------------------------------------------------------------- the model file
 def trained_state(model: LCCo) -> dict[str, Tensor]:
     """All but the frozen backbone stages, which their own weights file holds."""
     frozen = tuple(f"backbone.stages.{n}." for n in range(model.backbone.frozen_stages))
@@ -96,10 +93,8 @@ def read_experiment(tree: Mapping[str, Any]) -> Experiment:
     return typed({**tree, **kept}, Experiment)
 
 
-def save_model(
-    path: Path, state: Mapping[str, Tensor], experiment: Experiment, features: Features,
-    vocabulary: Vocabulary, **about: Any,
-) -> None:  # fmt: skip
+def save_model(path: Path, state: Mapping[str, Tensor], experiment: Experiment, features: Features,
+               vocabulary: Vocabulary, **about: Any) -> None:  # fmt: skip
     """Write a model file: tensors, and beside them what is needed to build the network again."""
     from safetensors.torch import save_file
 
@@ -124,9 +119,8 @@ def load_model(path: str | Path, **how: Any) -> Predictor:
     return Predictor(model, features, vocabulary, experiment=experiment, **how)
 
 
-def fill(
-    model: LCCo, path: str | Path, features: Features, vocabulary: Vocabulary, start: bool = False
-) -> None:
+def fill(model: LCCo, path: str | Path, features: Features, vocabulary: Vocabulary,
+         start: bool = False) -> None:  # fmt: skip
     """Load a model file into a network; to start a training, all but its backbone.
 
     Raises: LCCoError where the file is damaged or of other settings, or where tower, frozen

@@ -82,10 +82,9 @@ class Run:
             write_json(file, len(seen))
         return len(seen)
 
-    def evaluate(
-        self, test: CoSegData, protocols: str | Sequence[str] = "ufo", group_size: int = 5, *,
-        k: int | None = None, gt: bool = False, allow_overlap: bool = False,
-    ) -> dict[str, Evaluation]:  # fmt: skip
+    def evaluate(self, test: CoSegData, protocols: str | Sequence[str] = "ufo", group_size: int = 5,
+                 *, k: int | None = None, gt: bool = False,
+                 allow_overlap: bool = False) -> dict[str, Evaluation]:  # fmt: skip
         """Scores under protocols (`choice`: the group-choice test), each computed once and kept.
 
         Raises: LCCoError if the model has seen pictures of the set, unless `allow_overlap`.
@@ -122,20 +121,17 @@ def _described(data: CoSegData | None) -> dict[str, Any] | None:
     }  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------- data
 def load_tests(profile: Profile, names: Sequence[str]) -> dict[str, CoSegData | Missing]:
     """Test sets by name; where one is not on this machine, what is missing."""
-
-    def load(name: str) -> CoSegData | Missing:
+    found: dict[str, CoSegData | Missing] = {}
+    for name in names:
         try:
-            return load_data(name, counts=profile.counts)
+            found[name] = load_data(name, counts=profile.counts)
         except Missing as missing:
-            return missing
+            found[name] = missing
+    return found
 
-    return {name: load(name) for name in names}
 
-
-# ---------------------------------------------------------------------------------- trained now
 def get_run(experiment: Experiment) -> Run:
     """The run of an experiment: found, gone on with if it was interrupted, else trained now.
 
@@ -195,7 +191,6 @@ def estimate(experiment: Experiment) -> dict[str, Any]:
     }  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------- found again
 def find_run(experiment: Experiment) -> Run | None:
     """The finished run of an experiment, if there is one."""
     path = place("runs") / experiment.run_name
@@ -220,8 +215,6 @@ def open_run(name: str | Path) -> Run:
     if not path.is_dir():
         done = sorted(record.parent for record in place("runs").glob("*/record.json"))
         found = [p for p in done if p.name.startswith(str(name))]
-        # A run of older code stands back behind one of the same name made by this code.
-        found = [p for p in found if _stored(p).experiment.run_name == p.name] or found
         if len(found) != 1:
             what = "several runs are" if found else "no run, folder or model file is"
             names = ", ".join(p.name for p in found or done) or "none"

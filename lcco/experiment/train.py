@@ -127,8 +127,8 @@ class Trainer:
         self.averaged = deepcopy(self.model) if experiment.train.ema else self.model
         self.net, self.optimizer = a.prepare(self.model, self._optimizer())
         names = {"group_size", "class_sampling", "paired", "absent", "flip", "crop"}
-        how = d.model_dump(include=names) | {"seed": experiment.seed}
-        self.sampler = GroupSampler(self.data, groups=d.groups * a.num_processes, **how)
+        how = {"groups": d.groups * a.num_processes, "seed": experiment.seed}
+        self.sampler = GroupSampler(self.data, **d.model_dump(include=names), **how)
         self.learned = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self.state: dict[str, Any] = {"step": 0, "best": -1.0, "best_step": 0, "seconds": 0.0}
         self.state["machines"] = []  # the last of them is this one
