@@ -179,7 +179,9 @@ def test_runs_of_older_code_are_not_taken_for_new_ones(base, monkeypatch, capsys
         assert "trained by an older version of the code" in capsys.readouterr().err
         new = get_run(base)
         assert new.path != old.path
-        assert open_run("tiny").path == new.path  # the current one of two
+        with pytest.raises(LCCoError, match="several runs are called `tiny`"):
+            open_run("tiny")
+        assert open_run(new.path.name).path == new.path
     assert "older version" not in capsys.readouterr().err
 
 
