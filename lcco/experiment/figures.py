@@ -138,7 +138,7 @@ def _panels(rows: pd.DataFrame, draw: Callable[[Axes, pd.DataFrame], None], heig
     figure, panels = new_figure(PAGE, 0.3 + grid["nrows"] * height, **grid)
     for axes, ((test, protocol), own) in zip(panels.flat, parts, strict=False):
         draw(axes, own)
-        axes.locator_params(axis="x", nbins=7)
+        axes.locator_params(axis="x", nbins=5)
         title = f"{label(test)}, {protocol}".removesuffix(", ")
         axes.set_title(fill(title, 55 // across), fontsize=8)
         axes.grid(linewidth=0.4, alpha=0.6)
