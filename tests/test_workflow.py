@@ -170,3 +170,17 @@ def test_what_is_not_here_is_tried_again(tmp_path):
     assert jobs.stale(marker, job)
     marker.write_text(json.dumps({}))
     assert jobs.stale(marker, job)
+
+
+def test_what_is_gone_or_was_not_run_is_made_again_with_all_that_follows(graph):
+    base, *_ = graph
+
+    def planned() -> set[str]:
+        done = snakemake(base, "-n", "--config", *CONFIG, "results=out")
+        lines = (done.stdout + done.stderr).splitlines()
+        return {word for word in ("train", "notebook", "report") if f"rule {word}:" in lines}
+
+    (base / "out" / "notebooks" / f"{BOOK}.ipynb").unlink()
+    assert planned() == {"notebook", "report"}
+    next(base.glob("runs/*/scored.json")).write_text('{"a score": "not run: no data"}')
+    assert planned() == {"train", "notebook", "report"}
