@@ -15,7 +15,6 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import Conv2dNormActivation  # conv (3×3), norm, ReLU
 
 HEADS = 4  # of both attentions, as in SuperGlue
 STAGES = (2, 3, 4)  # where F¹, F², F³ are refined with placement `encoder`
@@ -39,9 +38,15 @@ class Output:
         return None if self.class_logits is None else self.class_logits.softmax(dim=-1)
 
 
+def conv_block(c_in: int, c_out: int, kernel: int = 3) -> nn.Sequential:
+    """Conv, norm, ReLU. torchvision's own costs this room two seconds of import."""
+    conv = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(c_out), nn.ReLU(inplace=True))
+
+
 def conv_ffn(c_in: int, c_mid: int, c_out: int, kernel: int = 1) -> nn.Sequential:
     """Conv, norm, ReLU, conv."""
-    block = Conv2dNormActivation(c_in, c_mid, 1)
+    block = conv_block(c_in, c_mid, 1)
     return nn.Sequential(*block, nn.Conv2d(c_mid, c_out, kernel, padding=kernel // 2))
 
 
@@ -260,7 +265,7 @@ class LCCo(nn.Module):
         self.backbone, self.k, self.at = backbone, k, tuple(strides) if decoder else STAGES
         c4, c8, c16, c32 = backbone.channels
         C, fine = width, width // 2
-        block, conv = Conv2dNormActivation, partial(nn.Conv2d, kernel_size=1)
+        block, conv = conv_block, partial(nn.Conv2d, kernel_size=1)
         lateral = {"32": block(c32, C), "16": conv(c16, C), "8": conv(c8, C)}
         self.lateral = nn.ModuleDict(lateral)
         self.smooth = nn.ModuleDict({"16": block(C, C), "8": block(C, C)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -333,6 +334,18 @@ def test_notes_say_how_models_were_trained():
     assert "by older training code: all." in notes_with(old)
     del old["LCCo-0"]
     assert "by older training code: LCCo, Baseline." in notes_with(old)
+    words = pd.DataFrame(measured("LCCo", [60.0]))  # also of tables that are no scores
+    plain = Table("words", words.assign(run="a"), unit="", runs={"a": record(version=1)})
+    assert "Trained by older training code: all." in plain.all_notes()
+
+
+def test_runs_that_are_given_stand_beside_the_table(tmp_path: Path):
+    table = main()
+    runs = runs_of(table)
+    other = type(runs[0])(path=Path("other"), record={"seed": 7})
+    table.write(tmp_path, [*runs, other])
+    stored = json.loads((tmp_path / "table1_main.records.json").read_text(encoding="utf-8"))
+    assert stored["runs"]["other"] == {"seed": 7}
 
 
 def test_notes_say_whose_pictures_chose_the_weights():

@@ -86,7 +86,8 @@ class COCOData(CoSegData):
         groups = {c: names for c, names in held.items() if len(names) >= min_images}
         if not groups:
             what = f"no category has {min_images} images with an instance over {min_area:g} px"
-            raise bad(self.file, what, ", ".join([*self.left_out, ("give another folder",)][0]))
+            first = ": ".join(self.left_out[0][1:]) if self.left_out else "give another folder"
+            raise bad(self.file, what, first)
         self.keys = tuple(sorted(set().union(*groups.values())))
         self.classes = [frozenset(c for c in groups if key in groups[c]) for key in self.keys]
         self.files = [(folder / key, self.file) for key in self.keys]

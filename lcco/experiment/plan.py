@@ -18,8 +18,7 @@ READINGS: dict[str, Sequence[Any]] = {  # settings that the paper leaves open
     "model.modulation_residual": (False, True), "loss.lc_reduction": ("mean", "sum"),
     "loss.mask_background": ("zero", "mean"), "loss.v_gt": ("tower", "name"),
     "model.mlp3_skip": (False, True), "model.mlp3": ("vocabulary", "shared"),
-    "train.mlp3_lr": (1, 10),
-}  # fmt: skip
+    "train.mlp3_lr": (1, 10)}  # fmt: skip
 BASELINE = {f"model.{module}": False for module in MODULES}
 MAIN: Variants = {"LCCo": {}, "Baseline": BASELINE}  # Table 1
 COMPONENTS: Variants = {  # Table 2
@@ -29,8 +28,7 @@ COMPONENTS: Variants = {  # Table 2
 }  # fmt: skip
 LOSSES: Variants = {  # Table 3. Without L_c nothing trains MLP3: its choice stays random.
     "L_iou": {"loss.lambda_cs": 0.0, "loss.lambda_c": 0.0}, "L_iou + L_cs": {"loss.lambda_c": 0.0},
-    "L_iou + L_c": {"loss.lambda_cs": 0.0}, "L_iou + L_cs + L_c": {},
-}  # fmt: skip
+    "L_iou + L_c": {"loss.lambda_cs": 0.0}, "L_iou + L_cs + L_c": {}}  # fmt: skip
 
 
 class Score(NamedTuple):

@@ -354,8 +354,7 @@ def off_border(f: Tensor) -> Tensor:
 
 RIVALS: dict[str, type[Rival]] = {  # in the order of Table 5; LCCo's rows stand after SEEM's
     "sam": Sam, "sam-gt": SamGT, "seem": Seem, "seem-gt": SeemGT, "sam3": Sam3,
-    "clipseg": ClipSeg, "clustering": Clustering,
-}  # fmt: skip
+    "clipseg": ClipSeg, "clustering": Clustering}  # fmt: skip
 
 
 def rivals(names: Sequence[str], features: Features, words: Vocabulary,

@@ -117,8 +117,7 @@ class Run:
 def _described(data: CoSegData | None) -> dict[str, Any] | None:
     return data and {
         "name": data.name, "images": len(data), "digest": data.digest(),
-        "masks": data.truth_digest(),
-    }  # fmt: skip
+        "masks": data.truth_digest()}  # fmt: skip
 
 
 def load_tests(profile: Profile, names: Sequence[str]) -> dict[str, CoSegData | Missing]:

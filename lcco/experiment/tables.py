@@ -22,12 +22,10 @@ from lcco.store import write_json, write_text
 PRINTED = ["paper_test_set", "paper_P", "paper_J"]
 ROW_FIELDS = (
     "table", "row", "profile", "backbone", "tower", "vocabulary", "train_set", "test_set",
-    "protocol", "group_size", "seed", "images", "P", "J", *PRINTED, "status", "run",
-)  # fmt: skip
+    "protocol", "group_size", "seed", "images", "P", "J", *PRINTED, "status", "run")  # fmt: skip
 SHARES = (
     "P", "J", "P_class", "J_class", "J_pooled", "J_nonempty", "leak", "J_same", "gain", "decides",
-    "agreement", "false_alarms", "empty_area",
-)  # fmt: skip
+    "agreement", "false_alarms", "empty_area")  # fmt: skip
 CAUTIONS = {  # what a reader should know of a training → whether a run's record says so
     "from an edited checkout": lambda run: run["environment"].get("dirty"),
     "from an unknown commit": lambda run: len(run["environment"].get("commit") or "") < 12,
@@ -239,7 +237,7 @@ class Table:
         named = {how: [n for n, r in trained.items() if true(r)] for how, true in CAUTIONS.items()}
         cautions = {how: done["row"][done["run"].isin(names)] for how, names in named.items()}
         text = TEMPLATES.get_template("notes.jinja").render(
-            table=self, done=done if self.unit else done[:0], cautions=cautions,
+            table=self, measured=done, done=done if self.unit else done[:0], cautions=cautions,
             absent=self.rows["status"].replace([MEASURED, QUOTED], None).dropna().unique(),
             slips=paper_table("footnotes").query(f"table == '{self.name}'")["note"],
             bold=any("**" in part.to_string() for part in self.parts.values()),
@@ -251,7 +249,7 @@ class Table:
     def write(self, folder: Path, runs: Iterable[Any] | None = None) -> Table:
         """Write `<name>.csv`, `.md`, `.tex` and `.records.json`; give the table to be shown.
 
-        runs: those behind the rows, if not the store's. Measured rows outlast unmeasured ones.
+        runs: those behind the rows, beside the store's. Measured rows outlast unmeasured ones.
         """
         file, measured = Path(folder) / f"{self.name}.csv", (self.rows["status"] == MEASURED).any()
         if not measured and file.is_file() and f",{MEASURED}," in file.read_text(encoding="utf-8"):
@@ -261,7 +259,7 @@ class Table:
         for run in runs or ():
             with suppress(Missing):  # a rival without its weights
                 known[run.path.name] = run.record
-        names = self.rows["run"].dropna().unique()
+        names = [*known, *self.rows["run"].dropna().unique()]
         self.runs = {n: known[n] if n in known else run_store.open_run(n).record for n in names}
         layout = {k: v for k, v in vars(self).items() if k not in ("name", "rows", "runs", "parts")}
         write_text(file, self.rows.to_csv(index=False, lineterminator="\n"))
