@@ -82,5 +82,5 @@ def progress(items: Iterable[T], what: str, total: int | None = None,
     line = "{desc}: {n_fmt}/{total_fmt}, {remaining} left\n"
     how = {"bar_format": line, "mininterval": every, "miniters": 1, "delay": every}
     # Saved notebooks lose widgets, and show stderr in red.
-    out = sys.stdout if "ipykernel" in sys.modules else sys.stderr
+    out = sys.stdout if type(sys.stdout).__module__ == "ipykernel.iostream" else sys.stderr
     return tqdm(items, what, total, leave=False, file=out, **({} if out.isatty() else how))

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import sys
 import time
 
 import numpy as np
@@ -114,6 +115,7 @@ def test_small_words():
     assert digest({"b": 1, "a": 2}) == digest({"a": 2, "b": 1}) != digest({"a": 1})
 
 
-def test_progress_is_plain_lines_without_a_terminal(capsys):
+def test_progress_is_plain_lines_without_a_terminal(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ipykernel", None)  # imported, but this is no kernel
     assert list(progress(range(3), "counting", every=0)) == [0, 1, 2]
     assert "counting: 3/3" in capsys.readouterr().err
