@@ -4,8 +4,6 @@ Everywhere: logits and truth are [B, N, H, W], truth of {0, 1, 255 = void}; pres
 for padding. A loss is the mean over the present images (Eq. 12: over groups), as a scalar.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -3,8 +3,6 @@
 The same masks score differently under each. All shares are in 0..1; tables print per cent.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal

@@ -6,8 +6,6 @@ neighbours of an image. `present` says which of the B×N inputs exist: these M i
 flat list with a group number each, so ragged groups need no padding inside.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -74,8 +72,13 @@ class Modulation(nn.Module):
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         """x, returned: [M, C, H, W]; z: [M, D], entries of order 1. Paper: Eq. (5), Eq. (8)."""
         # F̂²_i = FFN3(FFN2(F²_i) ⊙ PAD(z_i)), F̂³_i = FFN5(FFN4(F³_i) ⊙ PAD(h^txt_{i*}));
-        # PAD repeats a vector over the map
-        y = self.ffn_out(self.ffn_in(x) * z[:, :, None, None])  # [M, C, H, W]
+        # PAD repeats a vector over the map, so with the 1×1 convolutions on both sides of ⊙ it is
+        # one C×C matrix an image: the map of D channels is never made.
+        (*before, a), (b, *after) = self.ffn_in, self.ffn_out
+        x_in = nn.Sequential(*before)(x).flatten(2).mT  # [M, HW, C]
+        b_z = b.weight[:, :, 0, 0] * z[:, None]  # [M, C, D]
+        y = torch.baddbmm((b_z @ a.bias)[:, None], x_in, (b_z @ a.weight[:, :, 0, 0]).mT)
+        y = nn.Sequential(*after)(y.mT.unflatten(2, x.shape[2:]))  # [M, C, H, W]
         return x + y if self.residual else y
 
 

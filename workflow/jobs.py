@@ -221,7 +221,8 @@ def forecast(jobs: Iterable[Any], folder: Path, logs: Path, cores: int) -> str:
     counts: dict[str, int] = {}
     seconds, unknown = 0.0, 0
     for job in jobs:
-        counts[job.rule.name] = counts.get(job.rule.name, 0) + 1
+        rule = job.rule.name.removesuffix("_long")
+        counts[rule] = counts.get(rule, 0) + 1
         name = Path(str(job.benchmark)).stem
         alike = [s for n, s in before.items() if n.split("-")[0] == name.split("-")[0]]
         known = before.get(name, fmean(alike) if alike else None)

@@ -144,7 +144,7 @@ class Trainer:
             if p.requires_grad:
                 parts[next(part for part in rates if name.startswith(part))].append(p)
         groups = [{"params": parts[n], "lr": r, "full_lr": r} for n, r in rates.items() if parts[n]]
-        return torch.optim.AdamW(groups, weight_decay=t.weight_decay)
+        return torch.optim.AdamW(groups, weight_decay=t.weight_decay, fused=True)
 
     def fit(self, stop_at: int | None = None) -> dict[str, Any]:
         """Train from the checkpoint, if there is one, to the last step, or to `stop_at`.
