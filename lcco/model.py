@@ -91,10 +91,10 @@ class ISFC(nn.Module):
     one; heads, norm and layer sizes follow SuperGlue, which the paper cites and builds on.
     """
 
-    def __init__(self, channels: int, *, softmax: str = "neighbours", edges_at_once: int = 512):
+    def __init__(self, channels: int, *, softmax: str = "neighbours", bytes_at_once: int = 2**28):
         super().__init__()
         C = channels
-        self.softmax, self.edges_at_once = softmax, edges_at_once
+        self.softmax, self.bytes_at_once = softmax, bytes_at_once
         self.query, self.value, self.merge = (nn.Conv2d(C, C, 1) for _ in range(3))
         self.key = nn.Conv2d(C, C, 1, bias=False)  # a bias adds the same to a softmax's scores
         self.ffn1 = conv_ffn(2 * C, 2 * C, C)
@@ -153,7 +153,8 @@ class ISFC(nn.Module):
         nodes = valid.any(dim=1).nonzero()[:, 0]  # images that have neighbours
         q, k, v = (self.tokens(f(x)) for f in (self.query, self.key, self.value))
         # Batch statistics see all edges in training; evaluation goes in parts where a set is large.
-        at_once = len(nodes) if self.training else self.edges_at_once // max(J, 1)
+        edge_bytes = 10 * x[:1].numel() * x.element_size()  # F_i, m, their pair, FFN1's maps, α
+        at_once = len(nodes) if self.training else self.bytes_at_once // (edge_bytes * max(J, 1))
         for i in nodes.split(max(1, at_once)) if len(nodes) else ():
             has = valid[i]  # [m, J]
             src, dst = i[:, None].expand_as(has)[has], index[i][has]  # [E] each

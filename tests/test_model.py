@@ -325,7 +325,7 @@ def test_isfc_is_eq_1_and_2_forward_and_backward(softmax, N):
 
 
 def test_batch_statistics_of_isfc_are_those_of_all_edges_of_all_groups():
-    m, sizes = isfc(edges_at_once=2).train(), (3, 1, 4)
+    m, sizes = isfc(bytes_at_once=1).train(), (3, 1, 4)
     x, group = numbers(8, 8, 2, 3), torch.tensor([0, 0, 0, 1, 2, 2, 2, 2])
     twin = Twin(m, training=True)
     slow = twin.isfc("", [list(part) for part in x.split(sizes)])
@@ -351,7 +351,7 @@ def test_parts_and_ragged_groups_change_nothing_forward_and_backward(softmax):
 
     everything = torch.arange(8)
     whole = both(isfc(softmax), everything)
-    for a, b in zip(both(isfc(softmax, edges_at_once=1), everything), whole, strict=True):
+    for a, b in zip(both(isfc(softmax, bytes_at_once=1), everything), whole, strict=True):
         near(a, b)
     for g in range(3):
         chosen = (group == g).nonzero()[:, 0]
