@@ -1,14 +1,12 @@
 """Image classifiers cut into four stages: each gives feature maps at strides 4, 8, 16 and 32."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +52,7 @@ class Backbone(nn.Module):
         count = self.frozen_stages or 4
         return f"{self.name}-{count}-{tensors_digest(self.stages[:count].state_dict())}"
 
-    def train(self, mode: bool = True) -> Backbone:
+    def train(self, mode: bool = True) -> Self:
         """Set training mode, but leave in evaluation mode what keeps its statistics."""
         super().train(mode)
         self.stages[: self.frozen_stages].eval()
@@ -224,11 +222,14 @@ def hub_file(repo: str, *kinds: str, commit: str | None = None) -> Path:
 
     Downloaded once, with all .json and .txt files. Raises: Missing within seconds if that fails.
     """
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.utils import get_session
 
     for local, kind in product((True, False), kinds):
         how = {"revision": commit, "local_files_only": local, "etag_timeout": 6}
         with contextlib.suppress(Exception):  # hub, net and disk have many for the same mishap
+            if not local:  # without a net, a download would try for half a minute
+                get_session().head(constants.ENDPOINT, timeout=6)
             folder = snapshot_download(repo, allow_patterns=["*.json", "*.txt", kind], **how)
             if found := sorted(Path(folder).glob(kind)):
                 return found[0]

@@ -1,7 +1,5 @@
 """Frozen image–text towers behind one small protocol, vocabularies, and prompts."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

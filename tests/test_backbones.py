@@ -235,8 +235,12 @@ def offline(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
 
 
-def test_absent_hub_weights_say_within_seconds_how_to_get_them(offline):
+@pytest.mark.parametrize("endpoint", [None, "http://127.0.0.1:9"], ids=["offline", "no net"])
+def test_absent_hub_weights_say_within_seconds_how_to_get_them(offline, monkeypatch, endpoint):
     start = time.monotonic()
+    if endpoint:  # nobody answers there
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
     with pytest.raises(Missing, match=r"`hf download timm/resnet50.tv_in1k .*local copy") as e:
         make_backbone("resnet50", "imagenet")
     assert e.value.status == "not run: weights not found (timm/resnet50.tv_in1k)"
