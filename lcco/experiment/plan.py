@@ -81,7 +81,7 @@ def needs(notebook: str, profile: Profile) -> list[Job]:
         "05": (MAIN, p.seeds, sizes),
         "06": (lcco, p.seeds, fewer or main),
         "07": (lcco, p.ablation_seeds, ()),
-        "09": (reading_variants(p), p.ablation_seeds, fewer + choice),
+        "09": (reading_variants(p), p.reading_seeds, fewer + choice),
         "10": (MAIN, p.seeds, main + choice),
     }
     if notebook not in NOTEBOOKS:
