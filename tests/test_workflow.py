@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -83,8 +86,12 @@ def test_slurm_profile_names_known_rules():
     given = yaml.safe_load((ROOT / "workflow" / "profiles" / "slurm" / "config.yaml").read_text())
     text = (ROOT / "workflow" / "Snakefile").read_text()
     assert given["executor"] == "slurm"
-    for rule in (*given["set-threads"], *given["set-resources"]):
-        assert f"rule {rule}:" in text
+    names = re.findall(r"^(?:use )?rule (\w+)(?: as (\w+))?", text, re.M)
+    rules = {new or old for old, new in names}
+    for part in ("set-threads", "set-resources"):
+        assert given[part].keys() <= rules
+        for rule in (r for r in rules if r.startswith("train")):
+            assert given[part][rule] == given[part]["train"], rule
 
 
 # ---------------------------------------------------------------------------------- the graph runs
@@ -185,3 +192,57 @@ def test_what_is_gone_or_was_not_run_is_made_again_with_all_that_follows(graph):
     assert planned() == {"notebook", "report"}
     next(base.glob("runs/*/scored.json")).write_text('{"a score": "not run: no data"}')
     assert planned() == {"train", "notebook", "report"}
+
+
+# ---------------------------------------------------------------------------------- on a cluster
+SLURM = ["--workflow-profile", str(ROOT / "workflow" / "profiles" / "slurm")]
+needs_plugin = pytest.mark.skipif(
+    importlib.util.find_spec("snakemake_executor_plugin_slurm") is None,
+    reason="snakemake-executor-plugin-slurm is not installed",
+)
+
+
+@needs_plugin
+def test_the_paper_is_planned_for_a_cluster(tmp_path):
+    done = snakemake(tmp_path, "-n", *SLURM, "--config", "profile=paper")
+    assert done.returncode == 0, done.stderr
+    planned = re.findall(r"^rule (\w+):\n((?: .*\n)+)", done.stdout + done.stderr, re.M)
+    trainings = [how for rule, how in planned if rule.startswith("train")]
+    assert len(trainings) == len(all_jobs(load_profile("paper")))
+    for how in trainings:
+        assert "threads: 8\n" in how and "runtime=1440" in how and "gpu=1" in how, how
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """The folder of a SLURM that runs on this machine alone."""
+    for tool in ("munged", "slurmctld", "slurmd", "sbatch"):
+        if not shutil.which(tool, path=f"{os.environ['PATH']}:/usr/sbin"):
+            pytest.skip(f"no `{tool}` here: apt-get install slurm-wlm munge")
+    script, here = str(ROOT / "scripts" / "slurm_here.sh"), tmp_path / "slurm"
+    try:
+        subprocess.run([script, "start", str(here)], check=True, timeout=120)
+        yield here
+    finally:
+        subprocess.run([script, "stop", str(here)], check=True, timeout=120)
+
+
+@needs_plugin
+@pytest.mark.timeout(3600)
+def test_slurm_runs_the_graph(slurm, tmp_path):
+    # One machine: a core for each job, no accounts to ask, and no waiting for a slow disk.
+    words = [*SLURM, "--cores", "1", "--slurm-status-command", "squeue", "--latency-wait", "5"]
+    words += ["--slurm-init-seconds-before-status-checks", "1", "--retries", "0"]
+    words += ["--seconds-between-status-checks", "2", "--slurm-logdir", str(tmp_path / "logs")]
+    words += ["--config", "profile=smoke", f"results={tmp_path / 'out'}"]
+    every = os.environ.get("LCCO_SLURM") == "all"  # else one notebook, which takes 2 minutes
+    found = f"{slurm / 'bin'}:{os.environ['PATH']}"
+    env = environment(tmp_path) | {"SLURM_CONF": str(slurm / "slurm.conf"), "PATH": found}
+    how = {"cwd": tmp_path, "env": env, "capture_output": True, "text": True, "timeout": 3500}
+    done = subprocess.run([*SNAKEMAKE, *words, *([] if every else ["notebooks=01"])], **how)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "table1_main.csv").is_file()
+    submitted = re.findall(r"submitted with SLURM jobid (\d+)", done.stderr + done.stdout)
+    ended = re.findall(r"\[(\d+)\.batch\] done with job", (slurm / "slurmd.log").read_text())
+    assert len(submitted) >= 5  # embed, 2 × train, notebook, report
+    assert set(submitted) == set(ended)
