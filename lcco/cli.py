@@ -1,7 +1,5 @@
 """The command `lcco`: data check, train, evaluate, cosegment. Heavy imports are inside."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from pathlib import Path

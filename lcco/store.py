@@ -1,8 +1,7 @@
 """Files that are whole or absent, and the one cache: `kept(path, make)`."""
 
-from __future__ import annotations
-
 import contextlib
+import errno
 import json
 import os
 import sys
@@ -28,6 +27,8 @@ def _writable(folder: Path) -> Iterator[None]:
         for kind in ("runs", "cache"):
             if folder.absolute().is_relative_to(place(kind).absolute()):
                 raise LCCoError(f"{why}; set LCCO_{kind.upper()} to another") from None
+        if error.errno == errno.ENOSPC:
+            raise LCCoError(why) from None
         raise
 
 

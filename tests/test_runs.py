@@ -195,6 +195,30 @@ def test_an_unwritable_store_is_one_line(base, tmp_path, monkeypatch):
             assert "\n" not in str(error.value)
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 200 KB, and what makes it larger."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(folder)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root can mount a small disk")
+    yield folder, lambda: subprocess.run([*mount[:4], "remount,size=99m", *mount[5:]], check=True)
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(base, small_disk, tmp_path, monkeypatch):
+    whole = get_run(base)
+    disk, enlarge = small_disk
+    monkeypatch.setenv("LCCO_RUNS", str(disk / "runs"))
+    with pytest.raises(LCCoError, match="No space left on device.*set LCCO_RUNS to another") as e:
+        get_run(base)
+    assert "\n" not in str(e.value) and find_run(base) is None
+    assert not list(disk.rglob("*.safetensors")) and not list(disk.rglob(".part-*"))
+    enlarge()
+    assert get_run(base).weights.read_bytes() == whole.weights.read_bytes()
+
+
 # --------------------------------------------------------------------------- scores
 def test_scores_are_kept_and_say_who_scored_what(base, other):
     run = get_run(base)

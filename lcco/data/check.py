@@ -1,7 +1,5 @@
 """What a folder of pictures and masks holds, and what is wrong with it."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path

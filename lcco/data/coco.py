@@ -1,7 +1,5 @@
 """COCO's layout: pictures beside annotations/instances_*.json, also as other tools write it."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Collection, Iterable, Iterator

@@ -4,8 +4,6 @@ Objects are symbols of DejaVu Sans (the font inside matplotlib), textured, turne
 occluded. Most pictures hold objects of two or three classes: only a set tells which one it shares.
 """
 
-from __future__ import annotations
-
 import colorsys
 from collections.abc import Collection, Iterator, Sequence
 from functools import cache, lru_cache

@@ -1,7 +1,5 @@
 """Sets by name: known ones under `LCCO_DATA`, and folders in a known layout."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 

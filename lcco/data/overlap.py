@@ -1,7 +1,5 @@
 """Which pictures are the same, by what they look like."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

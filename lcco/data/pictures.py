@@ -1,7 +1,5 @@
 """The one decoder of pictures, for training, scoring, embedding, hashing and co-segmentation."""
 
-from __future__ import annotations
-
 import contextlib
 import unicodedata
 from collections.abc import Iterator

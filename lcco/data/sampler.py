@@ -1,7 +1,5 @@
 """Draws training groups from a set."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import NamedTuple
 

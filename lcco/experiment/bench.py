@@ -1,7 +1,5 @@
 """What a network costs on this machine: parameters, operations and seconds, part by part."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from functools import partial

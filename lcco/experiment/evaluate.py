@@ -1,7 +1,5 @@
 """A segmenter on a data set: scores under the named protocols, and in the choice test."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache

@@ -4,8 +4,6 @@ Embeddings, masked embeddings and a frozen backbone's maps lie in memory-mapped 
 training on frozen features takes minutes.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial

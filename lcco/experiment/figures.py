@@ -1,7 +1,5 @@
 """Figures of results, as wide as a page: masks over pictures, maps, curves and dots."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 from itertools import cycle

@@ -1,7 +1,5 @@
 """Which runs and scores each notebook needs: the Snakefile and the notebooks read it here."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import combinations, product
 from typing import Any, NamedTuple

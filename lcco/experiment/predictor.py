@@ -1,7 +1,5 @@
 """A trained network with its frozen parts: masks of any set, and the model file."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -96,7 +94,7 @@ def read_experiment(tree: Mapping[str, Any]) -> Experiment:
 def save_model(path: Path, state: Mapping[str, Tensor], experiment: Experiment, features: Features,
                vocabulary: Vocabulary, **about: Any) -> None:  # fmt: skip
     """Write a model file: tensors, and beside them what is needed to build the network again."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     about |= {
         "experiment": experiment.model_dump(mode="json"), "training_version": TRAINING_VERSION,
@@ -105,8 +103,8 @@ def save_model(path: Path, state: Mapping[str, Tensor], experiment: Experiment, 
         "trained_on": trained_on(experiment),
     }  # fmt: skip
     tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
-    with atomic_path(path) as part:
-        save_file(tensors, part, {"lcco": json.dumps(about, sort_keys=True)})
+    with atomic_path(path) as part:  # by Python's own writer, which names a full disk
+        part.write_bytes(save(tensors, {"lcco": json.dumps(about, sort_keys=True)}))
 
 
 def load_model(path: str | Path, **how: Any) -> Predictor:

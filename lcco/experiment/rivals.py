@@ -4,8 +4,6 @@ A rival has a run's `evaluate`, `path` and `record`, and is a Segmenter itself. 
 looked for when a mask is asked for. Only rows named GT look at the true class or mask.
 """
 
-from __future__ import annotations
-
 import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence

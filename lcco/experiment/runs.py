@@ -4,8 +4,6 @@
 it is done, and in evaluations/ what was measured of it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import sys
 from collections.abc import Callable, Sequence

@@ -1,7 +1,6 @@
 """Training: one loop on Hugging Face Accelerate, resumable to the bit on a CPU."""
 
-from __future__ import annotations
-
+import io
 import json
 import math
 import os
@@ -287,8 +286,9 @@ class Trainer:
         if self.accelerator.is_main_process:
             own = {"model": trained_state(self.model), "averaged": trained_state(self.averaged)}
             own |= {"optimizer": self.optimizer.state_dict(), "data": self.data.identity()}
-            with atomic_path(self.checkpoint) as part:
-                torch.save(own | {"state": self.state, "log": self.log}, part)
+            torch.save(own | {"state": self.state, "log": self.log}, data := io.BytesIO())
+            with atomic_path(self.checkpoint) as part:  # see `save_model`
+                part.write_bytes(data.getbuffer())
             lines = [f"{json.dumps(line)}\n" for line in self.log]
             write_text(self.folder / "metrics.jsonl", "".join(lines))
 
