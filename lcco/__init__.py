@@ -6,12 +6,10 @@ from typing import Any
 __version__ = "0.2.0"
 
 _HOME = {  # public name → its module, loaded at first use
-    "LCCo": "model", "LCCoError": "common", "Missing": "common",
-    "Experiment": "config", "load_profile": "config",
-    "load_data": "data", "make_tower": "semantics",
-    "get_run": "experiment.runs", "open_run": "experiment.runs",
-    "cosegment": "cosegmentation", "cosegment_folder": "cosegmentation",
-    "load_segmenter": "cosegmentation",
+    "LCCo": "model", "LCCoError": "common", "Missing": "common", "Experiment": "config",
+    "load_profile": "config", "load_data": "data", "make_tower": "semantics",
+    "get_run": "experiment.runs", "open_run": "experiment.runs", "cosegment": "cosegmentation",
+    "cosegment_folder": "cosegmentation", "load_segmenter": "cosegmentation",
 }  # fmt: skip
 __all__ = ["__version__", *_HOME]
 

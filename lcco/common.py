@@ -1,7 +1,5 @@
 """What every room shares: errors meant for people, places on disk, hashes, progress."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -11,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
-
 VOID = 255  # a mask's third value: neither object nor background (VOC's object borders)
 
 

@@ -3,13 +3,11 @@
 Every open point of the paper is a setting here, with the default that README's table gives.
 """
 
-from __future__ import annotations
-
 import contextlib
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
@@ -82,7 +80,7 @@ class ModelConfig(Settings):
     k: Positive = 5  # distilled prompts
 
     @checked(mode="after")
-    def _fit(self) -> ModelConfig:
+    def _fit(self) -> Self:
         if not set(self.strides) <= {8, 16, 32} or list(self.strides) != sorted(self.strides)[::-1]:
             raise ValueError("strides must be of 32, 16 and 8, and not rise")
         return self
@@ -132,7 +130,7 @@ class Experiment(Settings):
     train: TrainConfig = TrainConfig()
 
     @checked(mode="after")
-    def _fit(self) -> Experiment:
+    def _fit(self) -> Self:
         if self.data.crop < 1 and self.model.frozen_stages:
             raise ValueError("data.crop needs a live backbone: set model.frozen_stages to 0")
         return self
@@ -153,7 +151,7 @@ class Experiment(Settings):
         parts = {part: tree.pop(part) for part in [*tree] if isinstance(tree[part], dict)}
         return tree | {f"{part}.{k}": v for part, own in parts.items() for k, v in own.items()}
 
-    def replace(self, changes: Mapping[str, Any] | None = None, **top: Any) -> Experiment:
+    def replace(self, changes: Mapping[str, Any] | None = None, **top: Any) -> Self:
         """A copy with settings changed: `replace({"model.k": 3, "loss": {"bce": 0.5}}, seed=1)`.
 
         Raises: LCCoError naming an unknown setting or a value that does not fit.

@@ -1,7 +1,5 @@
 """Co-segment a person's own pictures: masks, cut-outs, overlays, a contact sheet and a gallery."""
 
-from __future__ import annotations
-
 import glob
 import json
 import os
@@ -11,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count, pairwise
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -27,17 +25,19 @@ from lcco.experiment.figures import overlay
 from lcco.experiment.predictor import Predictor, load_model
 from lcco.experiment.runs import open_run
 from lcco.metrics import resize_map
-from lcco.semantics import target_word
+from lcco.semantics import Colour, painted, target_word
 from lcco.store import atomic_path, lock, read_json, write_json, write_text
 
-Picture: TypeAlias = "str | Path | Image.Image | np.ndarray"
-Record: TypeAlias = dict[str, Any]  # a result.json, or what it says of a picture
+Picture = str | Path | Image.Image | np.ndarray
+Record = dict[str, Any]  # a result.json, or what it says of a picture
 
 AT_ONCE = 64  # pictures in one part of a large set: ISFC compares every two of them
-EMPTY = 0.001  # a mask below this share of the picture is no object
 # A set whose pictures agree less is said to share nothing. With the shipped weights on voc_val, in
 # sets of 3, 5, 10: 20, 21, 17% of sets without a common class pass, 8, 2, 0% of real ones do not.
 COMMON = 0.14
+# A picture of less evidence (of a given class: less probability) is said to lack it. On voc_val, in
+# sets of 5 whose last lacks it: false alarms 84 → 56, 87 → 58% (two draws), J there −0.7, −0.9.
+LACKS, LACKS_CLASS = -3.0, 0.004
 KINDS = {"mask": "masks/{}.png", "cutout": "cutouts/{}.png", "overlay": "overlays/{}.jpg"}
 TOOL, PAGE = "lcco cosegment", Path(__file__).with_name("gallery.html.jinja")
 MADE = ("masks", "cutouts", "overlays", "contact_sheet.jpg", "index.html", "result.json")
@@ -49,7 +49,8 @@ class Result:
 
     probability: float32 [S, S] in 0..1, the picture squashed to the network's size; None where
     `error` says why. words: the set's likeliest, with probabilities. agreement: how far this
-    picture's words are those of the set's others, in 0..1.
+    picture's words are those of the set's others, in 0..1. lacks: it seems not to show what the
+    others share; its mask is empty then.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Result:
     probability: np.ndarray | None = field(default=None, repr=False)
     words: list[tuple[str, float]] = field(default_factory=list)
     agreement: float = 0.0
+    lacks: bool = False
     error: str | None = None
 
     @property
@@ -107,12 +109,14 @@ class Result:
 
 
 def cosegment(images: Sequence[Picture] | Picture, *, weights: Path | str | Predictor | None = None,
-              cls: str | None = None, threshold: float = 0.5) -> list[Result]:  # fmt: skip
+              cls: str | None = None, threshold: float = 0.5,
+              keep_all: bool = False) -> list[Result]:  # fmt: skip
     """Find what pictures have in common, and where it is in each of them.
 
     images: paths, PIL images, arrays ([H, W] or [H, W, 1, 3 or 4]; floats in 0..1), or a folder.
     weights: a model file, a run's name, or what `load_segmenter` gave; default the shipped model.
     cls: what it is; the nearest of the model's words is looked for. threshold: on probabilities.
+    keep_all: also the masks of pictures that seem to lack it.
     Returns: a `Result` each; an unreadable one has `error` set. Raises: LCCoError for no pictures.
     """
     if not 0 <= threshold < 1:
@@ -136,7 +140,7 @@ def cosegment(images: Sequence[Picture] | Picture, *, weights: Path | str | Pred
         near = words[predictor.vocabulary.nearest(cls, predictor.features.tower)]
         what = f"`{cls}` is none of these weights' {len(words)} words; the nearest is `{near}`"
         print(what, file=sys.stderr)
-    _segment(predictor, results, cls)
+    _segment(predictor, results, cls, keep_all)
     return results
 
 
@@ -145,7 +149,7 @@ def load_segmenter(weights: Path | str | None = None) -> Predictor:
     return load_model(open_run(weights or "shipped").weights)
 
 
-def _segment(predictor: Predictor, results: Sequence[Result], cls: str | None) -> None:
+def _segment(predictor: Predictor, results: list[Result], cls: str | None, keep: bool) -> None:
     """Fill in results: even parts of at most `AT_ONCE`; words and agreement are over all."""
     f, similarities = predictor.features, []
     side = max(f.size, getattr(f.tower, "size", 0))
@@ -162,11 +166,52 @@ def _segment(predictor: Predictor, results: Sequence[Result], cls: str | None) -
         for result, logits in zip(good[a:b], out.logits[0], strict=False):
             result.probability = logits.float().sigmoid().cpu().numpy()
     S = torch.cat(similarities)  # [n, P]
-    words, p = _words(predictor, S), (S * f.tower.logit_scale).softmax(-1)
-    others = (p.sum(0) - p) / (len(p) - 1) if len(p) > 1 else p
-    agreements = (p * others).sum(-1).clamp(min=0).sqrt().tolist()  # √(p_i · p̄ of the others)
-    for result, agreement in zip(good, agreements, strict=True):
+    words, agreements = _words(predictor, S), _agreement(S * f.tower.logit_scale)
+    for result, agreement in zip(good, agreements.tolist(), strict=True):
         result.words, result.agreement = words, agreement
+    # A set that shares nothing has no picture that lacks it. The evidence is calibrated for ConSE.
+    known = predictor.experiment and predictor.experiment.tower.kind == "conse"
+    enough = cls is not None or (len(good) > 2 and agreements.mean() >= COMMON)
+    if known and enough and not keep:
+        for n in _lacking(predictor, pictures, good, S, cls).nonzero()[:, 0].tolist():
+            good[n].lacks, good[n].probability = True, np.zeros_like(good[n].probability)
+
+
+def _agreement(logits: torch.Tensor) -> torch.Tensor:
+    """√(p_i · p̄ of the others) of each picture's words, from their logits [n, P]: [n] in 0..1."""
+    p = logits.softmax(-1)
+    others = (p.sum(0) - p) / (len(p) - 1) if len(p) > 1 else p
+    return (p * others).sum(-1).clamp(min=1e-9).sqrt()
+
+
+@torch.no_grad()
+def _lacking(predictor, pictures, results, S, cls) -> torch.Tensor:
+    """Which pictures [n] seem to lack what the others share, or the class that was asked for.
+
+    Evidence: the words of the picture and of two views of its object; how alike the objects are.
+    """
+    tower, scale = predictor.features.tower, predictor.features.tower.logit_scale
+    pairs = zip(pictures, results, strict=True)
+    views = zip(*(_views(picture, result, tower.mean) for picture, result in pairs), strict=True)
+    objects = [tower.encode_images(view) for view in views]  # [n, D] each, of unit norm
+    logits = [scale * s for s in (S, *(E @ predictor.vocabulary.embeddings.T for E in objects))]
+    if cls is not None:
+        word = predictor.vocabulary.nearest(cls, tower)
+        return torch.stack(logits).softmax(-1)[..., word].amax(0) < LACKS_CLASS
+    evidence = sum(_agreement(s).log() for s in logits)
+    evidence = evidence + 5 * sum((E @ E.sum(0) - 1) / (len(E) - 1) for E in objects)
+    middle = evidence.median()
+    return (evidence < middle) & (evidence - middle / 2 < LACKS)
+
+
+def _views(picture: Image.Image, result: Result, ground: Colour) -> list[Image.Image]:
+    """A picture's object in its box, a tenth larger, as it is and with all else painted over."""
+    mask = resize_map(result.probability, picture.size[::-1]) > result.threshold
+    x, y, x1, y1 = Image.fromarray(mask).getbbox() or (0, 0, *picture.size)
+    dx, dy = (x1 - x) // 10, (y1 - y) // 10
+    box = slice(max(0, y - dy), y1 + dy), slice(max(0, x - dx), x1 + dx)
+    shown = picture, painted(picture, mask, "mean", ground) if mask.any() else picture
+    return [Image.fromarray(np.asarray(one)[box]) for one in shown]
 
 
 @torch.no_grad()
@@ -234,7 +279,7 @@ def cosegment_folder(sources: Iterable[Path | str] | Path | str, out: Path | str
                      recursive: bool = False, manifest: Path | str | None = None,
                      overwrite: bool = False, background: Path | str | None = None,
                      weights: Path | str | Predictor | None = None, cls: str | None = None,
-                     threshold: float = 0.5) -> list[Record]:  # fmt: skip
+                     threshold: float = 0.5, keep_all: bool = False) -> list[Record]:  # fmt: skip
     """Co-segment the sets that `find_sets` finds into the folder `out`.
 
     Of each set: masks (0 and 255, the picture's own size), cut-outs, overlays, a contact sheet, a
@@ -243,7 +288,7 @@ def cosegment_folder(sources: Iterable[Path | str] | Path | str, out: Path | str
     sets are done, for one whose folder holds its pictures or, without `overwrite`, other results.
     """
     file = None if isinstance(weights, Predictor) else open_run(weights or "shipped").weights
-    about = {"threshold": threshold, "class": cls, "background": background}
+    about = {"threshold": threshold, "class": cls, "background": background, "keep_all": keep_all}
     about["weights"] = file and file_digest(file, 64)
     if background not in (None, "white", "blur"):
         about["background"] = f"{background} {digest(read_picture(background).tobytes())}"
@@ -261,7 +306,8 @@ def cosegment_folder(sources: Iterable[Path | str] | Path | str, out: Path | str
                 print(f"{folder}: is complete; nothing to do", file=sys.stderr)
             else:
                 weights = weights if isinstance(weights, Predictor) else load_model(file)
-                results = cosegment(files, weights=weights, cls=cls, threshold=threshold)
+                how = {"cls": cls, "threshold": threshold, "keep_all": keep_all}
+                results = cosegment(files, weights=weights, **how)
                 _write(folder, record, results, background)
             records.append(record)
     for image in (i for record in records for i in record["images"] if i["error"]):
@@ -337,7 +383,7 @@ def _draw(out: Path, background: Path | str | None, result: Result, image: Recor
     return image | {
         "error": None, "width": result.size[0], "height": result.size[1],
         "foreground": round(share, 4), "confidence": round(result.confidence, 3),
-        "note": "no object found" if share < EMPTY else "",
+        "note": "seems to lack it" if result.lacks else "no object found" if share < 0.001 else "",
     }  # fmt: skip
 
 

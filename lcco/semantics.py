@@ -44,7 +44,6 @@ class Tower:
     mean: Colour  # it stands for "nothing"
     std: Colour
     device: torch.device
-    calls = 0  # images embedded so far
 
     def encode_images(self, images: Iterable[Image.Image]) -> Tensor:
         """Images → [n, D] float32 of unit norm, on the CPU; reads them a batch at a time."""
@@ -53,7 +52,6 @@ class Tower:
             x = torch.stack(batch).to(self.device, memory_format=torch.channels_last)
             with torch.no_grad():
                 out.append(F.normalize(self._embed(x).float(), dim=-1).cpu())
-            self.calls += len(batch)
         return torch.cat(out)
 
     def _pixels(self, image: Image.Image) -> Tensor:

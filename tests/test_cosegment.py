@@ -234,6 +234,25 @@ def test_agreement_falls_where_a_picture_is_of_something_else(model, monkeypatch
     assert cosegment(pictures[0], weights=model)[0].agreement > 0.9
 
 
+def test_a_picture_that_lacks_it_gets_no_mask_and_says_so(tmp_path):
+    """By the shipped weights, on photographs: motorbikes, and a cat or five."""
+    shipped, examples = room.load_segmenter(), Path(__file__).parents[1] / "examples"
+    bikes, cats = (sorted((examples / kind).glob("*.jpg")) for kind in ("motorbike", "cat"))
+    [record] = cosegment_folder([*bikes, cats[1]], tmp_path / "out", weights=shipped)
+    notes = [image["note"] for image in record["images"]]
+    assert notes == [""] * 6 + ["seems to lack it"], notes
+    *_, cat = cosegment([*bikes, cats[1]], weights=shipped)
+    assert cat.lacks and cat.confidence == 0 and not cat.mask.any()
+    assert not np.asarray(cat.cutout())[..., 3].any()
+    *_, cat = cosegment([*bikes, cats[1]], weights=shipped, keep_all=True)
+    assert not cat.lacks and cat.mask.any()
+    for cls, mine, others in (("cat", cats, bikes), ("motorcycle", bikes, cats)):
+        asked = cosegment([*mine, *others], weights=shipped, cls=cls)
+        assert all(r.lacks for r in asked[len(mine) :])
+        assert sum(r.lacks for r in asked[: len(mine)]) <= 1  # one cat is small and turned away
+    assert not any(r.lacks for r in cosegment([bikes[0], cats[0]], weights=shipped))  # who knows
+
+
 def test_class_takes_the_nearest_word(model, photos, capsys):
     free, dog, plane, aero = (
         cosegment(photos, weights=model, cls=c)[0].probability

@@ -1,14 +1,12 @@
 """Image sets: items (one picture each), decoded when asked for, and groups (class → items)."""
 
-from __future__ import annotations
-
 import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial, partialmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from PIL import Image
@@ -114,7 +112,7 @@ class CoSegData:
         """Every item's `picture_hash`."""
         return [self.fact(i, LOOKS) for i in range(len(self))]
 
-    def overlap(self, other: CoSegData) -> list[tuple[int, int]]:
+    def overlap(self, other: "CoSegData") -> list[tuple[int, int]]:
         """(index here, index there) of every picture that both sets hold; kept on disk."""
         stamp = digest([LOOKS, self.digest(), other.digest()], 16)
         file = place("cache") / f"overlap-{stamp}.json"
@@ -138,11 +136,11 @@ class CoSegData:
         """A hash over pictures and masks."""
         return digest(self._digests) if self.truth_digest() else self.digest()
 
-    def subset(self, indices: Iterable[int], name: str) -> CoSegData:
+    def subset(self, indices: Iterable[int], name: str) -> "CoSegData":
         """The items of these indices, in this order, as a set; groups left empty are dropped."""
         return View(name, [(self, i) for i in indices])
 
-    def complete(self) -> CoSegData:
+    def complete(self) -> Self:
         """This set; tells what was left out. Raises: LCCoError for missing or empty masks."""
         if missing := [file for pair in self.files for file in pair if not file.is_file()]:
             raise bad(missing[0], "no such file", "put it back or take its picture out of the set")

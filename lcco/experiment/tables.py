@@ -1,7 +1,5 @@
 """Tidy rows (`ROW_FIELDS`; per cent) to tables: collected from runs; as csv, markdown and LaTeX."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -9,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jinja2
 import pandas as pd
@@ -246,7 +244,7 @@ class Table:
         )  # fmt: skip
         return [line for line in text.splitlines() if line]
 
-    def write(self, folder: Path, runs: Iterable[Any] | None = None) -> Table:
+    def write(self, folder: Path, runs: Iterable[Any] | None = None) -> Self:
         """Write `<name>.csv`, `.md`, `.tex` and `.records.json`; give the table to be shown.
 
         runs: those behind the rows, beside the store's. Measured rows outlast unmeasured ones.

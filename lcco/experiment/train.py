@@ -220,8 +220,6 @@ class Trainer:
         """One step of the optimiser. Returns the loss and its parts."""
         e, a = self.experiment, self.accelerator
         maps = batch["maps"] and [m.float() for m in batch["maps"]]
-        if not self.model.training:  # after a validation
-            self.net.train()
         with torch.autocast(a.device.type, torch.bfloat16, enabled=e.train.precision == "bf16"):
             text = self.vocabulary.embeddings.to(a.device)
             how = {"maps": maps, "target": batch["given"]}
@@ -250,10 +248,8 @@ class Trainer:
         step, now = self.state["step"], trained_state(self.model)
         decay = min(self.experiment.train.ema, step / (9 + step))
         for name, mean in trained_state(self.averaged).items():
-            if mean.is_floating_point():
-                mean.lerp_(now[name], 1 - decay)
-            else:
-                mean.copy_(now[name])
+            new = now[name]
+            mean.copy_(mean.lerp(new, 1 - decay) if mean.is_floating_point() else new)
 
     def _log(self, due: bool) -> None:
         """A line of `metrics.jsonl`: mean losses since the line before; where due, holdout J."""
@@ -269,6 +265,7 @@ class Trainer:
         if due and self.holdout:
             predictor = Predictor(self.averaged, self.features, self.vocabulary)  # as a run's is
             score = holdout_score(predictor, self.holdout, self.experiment.data.group_size)
+            self.net.train()
             line["holdout_J"] = score
             if score > self.state["best"]:
                 self.state |= {"best": score, "best_step": step}
