@@ -123,7 +123,7 @@ def cosegment(
     weights: Annotated[str | None, Option(metavar="FILE|RUN", help="Another model.")] = None,
     threshold: Annotated[float, Option(metavar="T", help="On the probabilities.")] = 0.5,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace another set's.")] = False,
-    keep_all: Annotated[bool, Option("--keep-all", help="Also what seems to lack it.")] = False,
+    keep_all: Annotated[bool, Option("--keep-all", help="Masks also of what lacks it.")] = False,
 ) -> None:  # fmt: skip
     """Find what photos have in common, and cut it out of each."""
     settings = locals()  # its options are those of the function

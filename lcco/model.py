@@ -73,12 +73,16 @@ class Modulation(nn.Module):
         """x, returned: [M, C, H, W]; z: [M, D], entries of order 1. Paper: Eq. (5), Eq. (8)."""
         # F̂²_i = FFN3(FFN2(F²_i) ⊙ PAD(z_i)), F̂³_i = FFN5(FFN4(F³_i) ⊙ PAD(h^txt_{i*}));
         # PAD repeats a vector over the map, so with the 1×1 convolutions on both sides of ⊙ it is
-        # one C×C matrix an image: the map of D channels is never made.
-        (*before, a), (b, *after) = self.ffn_in, self.ffn_out
-        x_in = nn.Sequential(*before)(x).flatten(2).mT  # [M, HW, C]
-        b_z = b.weight[:, :, 0, 0] * z[:, None]  # [M, C, D]
-        y = torch.baddbmm((b_z @ a.bias)[:, None], x_in, (b_z @ a.weight[:, :, 0, 0]).mT)
-        y = nn.Sequential(*after)(y.mT.unflatten(2, x.shape[2:]))  # [M, C, H, W]
+        # one C×C matrix an image; a map of D channels is made only where that is less work.
+        inner, outer, (H, W), D = self.ffn_in[-1], self.ffn_out[0], x.shape[2:], z.shape[1]
+        y = self.ffn_in[:-1](x)  # [M, C, H, W]
+        if x.shape[1] * (D + H * W) <= 2 * D * H * W:
+            mix = outer.weight[:, :, 0, 0] * z[:, None]  # [M, C, D]
+            bias, weight = (mix @ inner.bias)[:, None], (mix @ inner.weight[:, :, 0, 0]).mT
+            y = torch.baddbmm(bias, y.flatten(2).mT, weight).mT.unflatten(2, (H, W))
+        else:
+            y = outer(inner(y) * z[:, :, None, None])
+        y = self.ffn_out[1:](y)  # [M, C, H, W]
         return x + y if self.residual else y
 
 
@@ -153,7 +157,7 @@ class ISFC(nn.Module):
         nodes = valid.any(dim=1).nonzero()[:, 0]  # images that have neighbours
         q, k, v = (self.tokens(f(x)) for f in (self.query, self.key, self.value))
         # Batch statistics see all edges in training; evaluation goes in parts where a set is large.
-        edge_bytes = 10 * x[:1].numel() * x.element_size()  # F_i, m, their pair, FFN1's maps, α
+        edge_bytes = 10 * x[:1].numel() * x.element_size()  # about: F_i, m, FFN1's maps, α
         at_once = len(nodes) if self.training else self.bytes_at_once // (edge_bytes * max(J, 1))
         for i in nodes.split(max(1, at_once)) if len(nodes) else ():
             has = valid[i]  # [m, J]

@@ -1,7 +1,6 @@
 """Files that are whole or absent, and the one cache: `kept(path, make)`."""
 
 import contextlib
-import errno
 import json
 import os
 import sys
@@ -23,13 +22,11 @@ def _writable(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
-        why = f"{folder}: cannot be written to ({error.strerror})"
+        why = f"{folder}: cannot be written to ({error.strerror or error})"
         for kind in ("runs", "cache"):
             if folder.absolute().is_relative_to(place(kind).absolute()):
                 raise LCCoError(f"{why}; set LCCO_{kind.upper()} to another") from None
-        if error.errno == errno.ENOSPC:
-            raise LCCoError(why) from None
-        raise
+        raise LCCoError(why) from None
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lcco.losses import classification_loss, coarse_loss, iou_loss, total_loss
-from lcco.model import ISFC, CLIPInteraction, CLIPRegularization, LCCo
+from lcco.model import ISFC, CLIPInteraction, CLIPRegularization, LCCo, Modulation
 
 D, P, HEADS = 16, 7, 4
 ON = ("isfc", "clip_interaction", "clip_regularization")
@@ -366,6 +366,16 @@ def test_neighbours_are_the_others_of_a_group():
 
 
 # ------------------------------------------------------------------------------------------ Eq. 3–8
+@pytest.mark.parametrize("side", [2, 9], ids=["by a map of D channels", "by a matrix an image"])
+def test_modulation_is_eq_5_and_8_at_any_size_of_the_map(side, monkeypatch):
+    m, x, z = Modulation(6, 10).double().eval(), numbers(3, 6, side, side), numbers(3, 10)
+    want = m.ffn_out(m.ffn_in(x) * z[:, :, None, None])
+    used, multiply = [], torch.baddbmm
+    monkeypatch.setattr(torch, "baddbmm", lambda *a: used.append(a) or multiply(*a))
+    near(m(x, z), want)
+    assert bool(used) == (side == 9)
+
+
 def test_interaction_is_eq_3_4_and_11s_decoder_forward_and_backward():
     torch.manual_seed(0)
     m = stir(CLIPInteraction(8, D))

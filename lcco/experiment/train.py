@@ -248,8 +248,7 @@ class Trainer:
         step, now = self.state["step"], trained_state(self.model)
         decay = min(self.experiment.train.ema, step / (9 + step))
         for name, mean in trained_state(self.averaged).items():
-            new = now[name]
-            mean.copy_(mean.lerp(new, 1 - decay) if mean.is_floating_point() else new)
+            mean.lerp_(now[name], 1 - decay) if mean.is_floating_point() else mean.copy_(now[name])
 
     def _log(self, due: bool) -> None:
         """A line of `metrics.jsonl`: mean losses since the line before; where due, holdout J."""
