@@ -167,10 +167,8 @@ def model_file(weights: str) -> Path:
 
 def about_start(weights: str | None) -> dict[str, Any] | None:
     """The description in the model that a setting names; None where it is no model of lcco's."""
-    try:
+    with contextlib.suppress(LCCoError):  # other weights, absent or damaged: their reader says so
         return read_about(model_file(weights or ""))
-    except LCCoError:  # other weights, absent or damaged: whoever reads the tensors says so
-        return None
 
 
 def read_about(path: str | Path) -> dict[str, Any]:

@@ -14,6 +14,8 @@ import numpy as np
 
 from lcco.common import LCCoError, place
 
+IN_A_FILE = 64  # pictures of a set whose arrays lie in one file: those of all outgrow the memory
+
 
 @contextlib.contextmanager
 def _writable(folder: Path) -> Iterator[None]:

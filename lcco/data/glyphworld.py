@@ -6,7 +6,7 @@ occluded. Most pictures hold objects of two or three classes: only a set tells w
 
 import colorsys
 from collections.abc import Collection, Iterator, Sequence
-from functools import cache, lru_cache
+from functools import cache
 from itertools import permutations
 from pathlib import Path
 
@@ -15,8 +15,9 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import TextPath
 from PIL import Image, ImageDraw
 
-from lcco.common import LCCoError, digest
+from lcco.common import LCCoError, digest, place
 from lcco.data.sets import CoSegData
+from lcco.store import IN_A_FILE, kept
 
 VERSION = 1  # counts up whenever the same seed would draw something else
 
@@ -179,38 +180,39 @@ class GlyphWorld(CoSegData):
 
     def __init__(self, fold: str, found: Sequence[_Scene], size: int) -> None:
         keys, self.scenes, own = zip(*found, strict=True)
-        super().__init__(f"glyphworld_{fold}", "glyphworld", keys)
+        super().__init__(f"glyphworld_{fold}", "glyphworld", keys, self.scenes)
         classes = sorted(set().union(*own))
         self.groups = {c: tuple(i for i, held in enumerate(own) if c in held) for c in classes}
-        self.size, self._seed = size, list(_COUNTS).index(fold)
-        self._drawn = lru_cache(512)(lambda i: draw(self.scenes[i], (self._seed, i), size))
+        self.size, self._seed, self._file = size, list(_COUNTS).index(fold), cache(self._draw)
+
+    def _draw(self, start: int) -> np.ndarray:
+        """Pictures and label maps [n, size, size, 3 + 1]; kept, as drawing takes its time."""
+        items = range(start, min(start + IN_A_FILE, len(self)))
+        file = place("cache") / f"glyphworld-{digest([self.content(i) for i in items], 16)}.npy"
+        scenes = [(self.scenes[i], (self._seed, i), self.size) for i in items]
+        return kept(file, lambda: np.stack([np.dstack(draw(*scene)) for scene in scenes]))
 
     def image(self, i: int) -> Image.Image:
-        return self._drawn(i)[0].copy()
+        return Image.fromarray(self._file(i - i % IN_A_FILE)[i % IN_A_FILE, ..., :3])
 
     def labels(self, i: int) -> np.ndarray:
         """The label map of picture i, uint8 [size, size], as `draw` gives it."""
-        return self._drawn(i)[1]
+        return self._file(i - i % IN_A_FILE)[i % IN_A_FILE, ..., 3]
 
     def mask(self, i: int, classes: Collection[str]) -> np.ndarray:
         return np.isin(self.labels(i), [_LABELS.get(c, -1) for c in classes]).astype(np.uint8)
-
-    def classes_of(self, i: int) -> frozenset[str]:
-        return frozenset(self.scenes[i])
 
     def content(self, i: int) -> str:
         return digest([VERSION, self._seed, i, self.size, self.scenes[i]], 16)
 
 
-@lru_cache(maxsize=8)  # with the pictures that were drawn
 def glyphworld(fold: str, n: int | None = None, size: int = 128) -> CoSegData:
     """One fold of GlyphWorld; always the same pictures, each in the groups of all its objects.
 
     `pretrain`: 4,000 scenes of one to three objects of any class. `train` (3,000), `holdout` (300):
     two or three of the training classes. `choice`: 264 of two test classes. `test`: 25 for each
     test class, in its group alone, beside one or two others; every 30th lacks the object.
-    n: number of pictures (`test`: for each class). size: side in pixels; the same scene at any.
-    Raises: LCCoError for an unknown fold.
+    n: pictures (`test`: for each class). size: side in pixels. Raises: LCCoError: unknown fold.
     """
     if fold not in _COUNTS:
         raise LCCoError(f"GlyphWorld has no fold `{fold}`; it has {', '.join(_COUNTS)}")

@@ -19,12 +19,11 @@ from lcco.config import Experiment, TowerConfig
 from lcco.data import CoSegData
 from lcco.data.pictures import Box, load_square, mask_square
 from lcco.semantics import Tower, make_tower, painted
-from lcco.store import kept
+from lcco.store import IN_A_FILE, kept
 
 Pair = tuple[int, tuple[str, ...]]  # an item, and the classes whose union is its truth
 TRUTH_BYTES = 2**29  # of true masks that are remembered: decoding them costs more than a step
 AT_ONCE = 16  # pictures through the backbone at once: early maps are large
-IN_A_FILE = 64  # pictures whose maps lie in one file; a multiple of AT_ONCE
 
 
 class Features:
@@ -122,9 +121,8 @@ class Features:
                     for i, flip in zip(items, flips, strict=True)]  # fmt: skip
             maps = (np.stack([row[stage] for row in rows]) for stage in self.row.names)
             return None, [torch.from_numpy(m).permute(0, 3, 1, 2) for m in maps]
-        how = zip(items, crops, strict=True)
-        squares = [load_square(data.image(i), self.size, crop) for i, crop in how]
-        squares = [s[:, ::-1] if flip else s for s, flip in zip(squares, flips, strict=True)]
+        squares = [load_square(data.image(i), self.size, crop)[:, :: -1 if flip else 1]
+                   for i, flip, crop in zip(items, flips, crops, strict=True)]  # fmt: skip
         images = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).float().div_(255)
         return (None, self.frozen_maps(images)) if self.stages else (images, None)
 
@@ -142,7 +140,7 @@ class Features:
         return [torch.cat(stage) for stage in zip(*found, strict=True)]
 
     def _maps(self, data: CoSegData, start: int, mirrored: bool) -> np.ndarray:
-        """The maps of `IN_A_FILE` pictures, [n] of `row`: those of a set outgrow the memory."""
+        """The maps of `IN_A_FILE` pictures, [n] of `row`."""
 
         def make() -> np.ndarray:
             items = range(start, min(start + IN_A_FILE, len(data)))
