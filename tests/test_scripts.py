@@ -98,6 +98,31 @@ def test_a_run_is_released_with_its_scores_and_drawn(drawn, tmp_path, monkeypatc
     assert "no profile `none`" in capsys.readouterr().err
 
 
+# ------------------------------------------------------------------------------ sets that lack it
+def test_what_a_set_lacks_is_measured_with_cosegment_itself(monkeypatch, capsys):
+    import lacking
+
+    data = lcco.load_data("glyphworld_holdout", counts={"glyphworld_holdout": 60})
+    for c, items in lacking.mixed_sets(data, 40, 4, seed=3):
+        assert [c in data.labels_of(i) for i in items] == [True, True, True, False]
+        assert len(set(items)) == 4
+    for items in lacking.strangers(data, 10, 4, seed=3):
+        labels = [c for i in items for c in data.labels_of(i)]
+        assert len(items) == 4 and len(labels) == len(set(labels))
+
+    monkeypatch.setattr(lacking, "load_data", lambda name: data)
+    monkeypatch.setattr(sys, "argv", "lacking.py --sets 1 --size 3 --data drawn".split())
+    assert lacking.main() == 0
+    table, shares = capsys.readouterr().out.split("\n\n")
+    assert "false alarms" in table and len(table.splitlines()) == 6  # two of heading, four of cells
+    assert "sets that share nothing" in shares
+
+    monkeypatch.undo()
+    monkeypatch.setattr(sys, "argv", ["lacking.py", "--data", "nowhere"])
+    assert lacking.main() == 2
+    assert "no such folder" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------------ the weights
 @pytest.fixture(scope="module")
 def held():

@@ -124,6 +124,8 @@ class Trainer:
             fill(self.model, model_file(start), self.features, self.vocabulary, start=True)
         # What is validated and saved: the weights' moving average, or the weights themselves.
         self.averaged = deepcopy(self.model) if experiment.train.ema else self.model
+        states = (trained_state(model).values() for model in (self.averaged, self.model))
+        self.means = list(zip(*states, strict=True))  # a mean, and what it follows
         self.net, self.optimizer = a.prepare(self.model, self._optimizer())
         names = {"group_size", "class_sampling", "paired", "absent", "flip", "crop"}
         how = {"groups": d.groups * a.num_processes, "seed": experiment.seed}
@@ -136,8 +138,7 @@ class Trainer:
 
     def _optimizer(self) -> torch.optim.Optimizer:
         t = self.experiment.train
-        rates = {"backbone.": t.backbone_lr, "clip_regularization.mlp3.": t.lr * t.mlp3_lr}
-        rates[""] = t.lr
+        rates = {"backbone.": t.backbone_lr, "clip_regularization.mlp3": t.lr * t.mlp3_lr, "": t.lr}
         parts: dict[str, list[Tensor]] = {part: [] for part in rates}
         for name, p in self.model.named_parameters():
             if p.requires_grad:
@@ -245,10 +246,9 @@ class Trainer:
     @torch.no_grad()
     def _average(self) -> None:
         """Move the average; the first steps' is short, to forget the initial weights."""
-        step, now = self.state["step"], trained_state(self.model)
-        decay = min(self.experiment.train.ema, step / (9 + step))
-        for name, mean in trained_state(self.averaged).items():
-            mean.lerp_(now[name], 1 - decay) if mean.is_floating_point() else mean.copy_(now[name])
+        decay = min(self.experiment.train.ema, (n := self.state["step"]) / (9 + n))
+        for mean, now in self.means:
+            mean.lerp_(now, 1 - decay) if mean.is_floating_point() else mean.copy_(now)
 
     def _log(self, due: bool) -> None:
         """A line of `metrics.jsonl`: mean losses since the line before; where due, holdout J."""
