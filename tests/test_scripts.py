@@ -111,7 +111,7 @@ def test_what_a_set_lacks_is_measured_with_cosegment_itself(monkeypatch, capsys)
         assert len(items) == 4 and len(labels) == len(set(labels))
 
     monkeypatch.setattr(lacking, "load_data", lambda name: data)
-    monkeypatch.setattr(sys, "argv", ["lacking.py", "--sets", "1", "--size", "3", "--data", "drawn"])
+    monkeypatch.setattr(sys, "argv", ["lacking.py", "--sets", "1", "--size", "3"])
     assert lacking.main() == 0
     table, shares = capsys.readouterr().out.split("\n\n")
     assert "false alarms" in table and len(table.splitlines()) == 6  # two of heading, four of cells
