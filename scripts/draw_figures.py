@@ -290,7 +290,7 @@ def group_choice(folder: Path) -> Path | None:
     figure, cell, gap = new_figure(3), 1.25, 0.05
     for r, (name, items) in enumerate(sets.items()):
         y = 2.65 - (r + 1) * (cell + gap)
-        write(figure, 0.2, y + cell / 2, f"the set “{name}”", 9.5, rotation=90)
+        write(figure, 0.2, y + cell / 2, f"set of\n“{name}”", 9.5, rotation=90)
         for c, item in enumerate(items):
             x = 0.38 + c * (cell + gap) + (c > 0) * 0.2
             show(figure, (x, y, cell, cell), data.image(item), RED if c == 0 else "none")
