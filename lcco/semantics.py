@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -49,12 +48,9 @@ class Tower:
     def encode_images(self, images: Iterable[Image.Image]) -> Tensor:
         """Images → [n, D] float32 of unit norm, on the CPU; reads them a batch at a time."""
         out, pictures = [torch.zeros(0, self.width)], iter(images)
-        batches = iter(lambda: [self._pixels(p) for p in islice(pictures, BATCH)], [])
-        with ThreadPoolExecutor(1) as reader, torch.no_grad():
-            coming = reader.submit(next, batches, None)
-            while batch := coming.result():
-                coming = reader.submit(next, batches, None)  # while these are embedded
-                x = torch.stack(batch).to(self.device, memory_format=torch.channels_last)
+        while batch := [self._pixels(p) for p in islice(pictures, BATCH)]:
+            x = torch.stack(batch).to(self.device, memory_format=torch.channels_last)
+            with torch.no_grad():
                 out.append(F.normalize(self._embed(x).float(), dim=-1).cpu())
         return torch.cat(out)
 
