@@ -157,7 +157,7 @@ class CoSegData:
 
 def threaded(compute: Callable[[Any], Any], items: Sequence[Any], what: str) -> list[Any]:
     """`compute(item)` of each item, in threads, telling how far it is."""
-    with ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(2) as pool:  # each may hold a large picture in several forms
         return list(progress(pool.map(compute, items), what, len(items)))
 
 
