@@ -32,6 +32,7 @@ Picture = str | Path | Image.Image | np.ndarray
 Record = dict[str, Any]  # a result.json, or what it says of a picture
 
 AT_ONCE = 64  # pictures in one part of a large set: ISFC compares every two of them
+EMPTY = 0.001  # a mask below this share of the picture is no object
 # By scripts/lacking.py --seed 7, with the shipped weights on voc_val, in sets of 5:
 # A set whose pictures agree less is said to share nothing: 63% of those without a class in common,
 # and 7% of real ones.
@@ -349,7 +350,8 @@ def _write(out: Path, record: Record, results: list[Result], background: Path | 
             (out / image[kind]).unlink(missing_ok=True)
     write_json(out / "result.json", record)  # first: the next start knows whose folder it is
     pairs = list(zip(results, record["images"], strict=True))
-    images = threaded(lambda pair: _draw(out, background, *pair), pairs, "writing")
+    # Two at once: each of 12 MP takes some 250 MB.
+    images = threaded(lambda pair: _draw(out, background, *pair), pairs, "writing", 2)
     good = [(r, i) for r, i in zip(results, images, strict=True) if not r.error]
     agreement = float(np.mean([r.agreement for r, _ in good])) if good else 0.0
     words = good[0][0].words if good else []
@@ -384,7 +386,7 @@ def _draw(out: Path, background: Path | str | None, result: Result, image: Recor
     return image | {
         "error": None, "width": result.size[0], "height": result.size[1],
         "foreground": round(share, 4), "confidence": round(result.confidence, 3),
-        "note": "seems to lack it" if result.lacks else "no object found" if share < 0.001 else "",
+        "note": "seems to lack it" if result.lacks else "no object found" if share < EMPTY else "",
     }  # fmt: skip
 
 

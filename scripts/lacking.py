@@ -18,11 +18,9 @@ import numpy as np
 import pandas as pd
 
 from lcco.common import LCCoError, progress
-from lcco.cosegmentation import COMMON, cosegment, load_segmenter
+from lcco.cosegmentation import COMMON, EMPTY, cosegment, load_segmenter
 from lcco.data import CoSegData, load_data
 from lcco.metrics import count
-
-SHOWN = 0.001  # a mask of a smaller share of the picture counts as none, as in `result.json`
 
 
 def mixed_sets(data: CoSegData, sets: int, size: int, seed: int) -> Iterator[tuple[str, list[int]]]:
@@ -40,13 +38,12 @@ def strangers(data: CoSegData, sets: int, size: int, seed: int) -> Iterator[list
     """`size` items that have no class in common, two and two."""
     rng = np.random.default_rng((seed, 1))
     for _ in range(sets):
-        chosen: list[int] = []
+        chosen, taken = [], set()
         for i in rng.permutation(len(data)).tolist():
-            if len(chosen) < size and not any(
-                data.labels_of(i) & data.labels_of(other) for other in chosen
-            ):
+            if not taken & data.labels_of(i):
                 chosen.append(i)
-        yield chosen
+                taken |= data.labels_of(i)
+        yield chosen[:size]
 
 
 def measure(data: CoSegData, sets: int, size: int, seed: int, weights: str | None) -> pd.DataFrame:
@@ -58,7 +55,7 @@ def measure(data: CoSegData, sets: int, size: int, seed: int, weights: str | Non
             for second_look in (False, True):
                 how = {"weights": model, "cls": asked, "keep_all": not second_look}
                 results = cosegment([data.image(i) for i in items], **how)
-                *masks, alarm = [r.mask & (r.mask.mean() > SHOWN) for r in results]
+                *masks, alarm = [r.mask & (r.mask.mean() >= EMPTY) for r in results]
                 truths = [data.mask(i, [c]) for i in items[:-1]]
                 J = [count(m, t).jaccard("one") for m, t in zip(masks, truths, strict=True)]
                 rows.append((asked is not None, second_look, alarm.any(), np.mean(J)))

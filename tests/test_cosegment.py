@@ -607,7 +607,7 @@ def test_a_second_start_makes_only_what_is_missing(weights, photos, tmp_path, mo
         drawn.append(given)
         return draw(*given)
 
-    def one(compute, items, what):
+    def one(compute, items, what, workers=1):
         return [compute(item) for item in items]
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

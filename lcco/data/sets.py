@@ -155,9 +155,9 @@ class CoSegData:
         return self
 
 
-def threaded(compute: Callable[[Any], Any], items: Sequence[Any], what: str) -> list[Any]:
+def threaded(compute: Callable, items: Sequence, what: str, workers: int = 4) -> list[Any]:
     """`compute(item)` of each item, in threads, telling how far it is."""
-    with ThreadPoolExecutor(2) as pool:  # each may hold a large picture in several forms
+    with ThreadPoolExecutor(workers) as pool:
         return list(progress(pool.map(compute, items), what, len(items)))
 
 
