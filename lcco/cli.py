@@ -46,8 +46,7 @@ def _lcco(version: Annotated[bool, Option("--version", help="Print the version."
 def data_check(
     folder: Annotated[Path, Argument(help="A data set's folder, in any of the known layouts.")],
     training: Annotated[list[str] | None, Option(
-        metavar="NAME", help="A training set whose pictures must not be in it; may be repeated.")
-    ] = None,
+        metavar="NAME", help="A training set that must not share pictures; repeatable.")] = None,
 ) -> None:  # fmt: skip
     """Recognise a data folder, count it, and list everything wrong in it."""
     from lcco.data import check, load_data

@@ -163,7 +163,7 @@ def _segment(predictor: Predictor, results: list[Result], cls: str | None, keep:
     edges = np.linspace(0, len(good), -(-len(good) // AT_ONCE) + 1).round().astype(int)
     for a, b in pairwise(edges.tolist()):
         items = [0, 0] if len(good) == 1 else range(a, b)  # a lone one stands beside itself
-        out = predictor.output(data, items, cls)
+        out = predictor.output(data, (items, cls))
         similarities.append(out.similarity[0, : b - a])
         for result, logits in zip(good[a:b], out.logits[0], strict=False):
             result.probability = logits.float().sigmoid().cpu().numpy()

@@ -96,10 +96,9 @@ def total_loss(output: Output, truth: Tensor, present: Tensor, true: Tensor | No
     output: of `LCCo`, whose half-precision logits become float here; true: [B] from `true_class`,
     −1 = unknown (left out of L_c). A term whose module is off, or whose λ is 0, is left out.
     """
-    logits, coarse = (
-        x if x is None else x.to(torch.promote_types(x.dtype, torch.float32))
-        for x in (output.logits, output.coarse)
-    )
+    logits, coarse = output.logits, output.coarse
+    logits = logits.to(wide := torch.promote_types(logits.dtype, torch.float32))
+    coarse = None if coarse is None else coarse.to(wide)
     parts = {"iou": iou_loss(logits, truth, present)}
     if coarse is not None and lambda_cs:
         parts["cs"] = coarse_loss(coarse, truth, present)

@@ -153,8 +153,7 @@ class Protocol:
             "J_nonempty": _mean(r["J"] for r in rows if not r["empty"]),
             "false_alarms": _mean(float(share > 0.01) for share in lacking),
             "empty_area": _mean(lacking), "empty": len(lacking),
-            "images": len(rows), "classes": len(classes),
-        }  # fmt: skip
+            "images": len(rows), "classes": len(classes)}  # fmt: skip
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
@@ -168,8 +167,7 @@ PROTOCOLS = {p.name: p for p in (
     Protocol("segswap", None, 0.5, False, False, "skip", "class", "class"),
     Protocol("pooled", 321, 0.5, False, False, "zero", "class", "pooled"),
     # only "one" tells a right answer from a false alarm
-    Protocol("native", None, 0.5, False, True, "one", "seeded", "image"),
-)}  # fmt: skip
+    Protocol("native", None, 0.5, False, True, "one", "seeded", "image"))}  # fmt: skip
 
 
 def get_protocol(name: str) -> Protocol:

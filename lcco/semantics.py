@@ -76,34 +76,43 @@ class OpenClipTower(Tower):
     """
 
     def __init__(self, model: str, weights: str | None, *, device: Any = "cpu") -> None:
+        package = str(backbones.PACKAGE_WEIGHTS / "glyph_clip.json")
+        card, self._file = _card(package if model == "glyph-clip" else model, weights)
+        self.mean, self.std = tuple(card["mean"]), tuple(card["std"])
+        self._model, self._config, self.size = model, card["model_config"], card["image_size"]
+        self.context, self.width = card["context_length"], self._config["embed_dim"]
+        self.device = torch.device(device)
+        with backbones.reading(self._file):
+            made = file_digest(self._file) if self._file else "random, seed 0"
+        self.identity = f"openclip-{Path(model).stem}-{digest([card, 'squash', made])}"
+        scale = place("cache") / "scales" / f"{self.identity}.json"
+        self.logit_scale = kept(scale, lambda: float(self._net.logit_scale.exp()))
+
+    # Models are loaded when they are first needed: what is cached needs none.
+    @cached_property
+    def _net(self) -> nn.Module:
         import open_clip
 
-        package = str(backbones.PACKAGE_WEIGHTS / "glyph_clip.json")
-        card, file = _card(package if model == "glyph-clip" else model, weights)
-        self.mean, self.std = tuple(card["mean"]), tuple(card["std"])
-        with torch.random.fork_rng(devices=[]), backbones.reading(file, f"weights of `{model}`"):
+        what, config = f"weights of `{self._model}`", dict(self._config)
+        with torch.random.fork_rng(devices=[]), backbones.reading(self._file, what):
             torch.manual_seed(0)
-            config = dict(card["model_config"])
             custom = config.pop("custom_text", "hf_model_name" in config["text_cfg"])
             net = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**config)
-            if file:
-                open_clip.load_checkpoint(net, str(file))
-        self.context, known = card["context_length"], model in open_clip.list_models()
-        self._tokenizer = open_clip.get_tokenizer(model if known else "", self.context)
-        self.device, self._net = torch.device(device), net.eval().requires_grad_(False)
-        self._net.to(self.device, memory_format=torch.channels_last)
-        self.width, self.size = config["embed_dim"], card["image_size"]
-        self.logit_scale = float(net.logit_scale.exp())
-        recipe = [card, "squash", file_digest(file) if file else "random, seed 0"]
-        self.identity = f"openclip-{Path(model).stem}-{digest(recipe)}"
+            if self._file:
+                open_clip.load_checkpoint(net, str(self._file))
+        return net.eval().requires_grad_(False).to(self.device, memory_format=torch.channels_last)
 
     @torch.no_grad()
     def encode_prompts(self, texts: Sequence[str]) -> Tensor:
-        for text in texts if hasattr(self._tokenizer, "encode") else ():  # it cuts in silence
-            if (count := len(self._tokenizer.encode(text)) + 2) > self.context:
+        import open_clip
+
+        known = self._model in open_clip.list_models()
+        tokens = open_clip.get_tokenizer(self._model if known else "", self.context)
+        for text in texts if hasattr(tokens, "encode") else ():  # it cuts in silence
+            if (count := len(tokens.encode(text)) + 2) > self.context:
                 what = f"has {count} tokens; the tower reads {self.context}"
                 raise LCCoError(f"prompt {text[:40]!r}… {what}")
-        parts = self._tokenizer(list(texts)).to(self.device).split(256)
+        parts = tokens(list(texts)).to(self.device).split(256)
         return torch.cat([self._net.encode_text(x, normalize=True).float().cpu() for x in parts])
 
     def _embed(self, x: Tensor) -> Tensor:
@@ -112,15 +121,15 @@ class OpenClipTower(Tower):
 
 def _card(model: str, weights: str | None) -> tuple[dict[str, Any], Path | None]:
     """What a .json file, or open_clip, says of a model; and its weights file."""
-    import open_clip
-    from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
-
     file = Path(weights).expanduser() if weights else None
     if model.endswith(".json"):
         with backbones.reading(model, f"a model with {', '.join(CARD)}"):
             card = json.loads(Path(model).read_text(encoding="utf-8"))
             card = {key: card[key] for key in CARD}
         return card, Path(model).with_suffix(".safetensors") if weights == "package" else file
+    import open_clip
+    from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
+
     config, tags = open_clip.get_model_config(model), list_pretrained_tags_by_model(model)
     if config is None:
         raise LCCoError(f"`tower.model` {model!r}: not in open_clip.list_models()")
@@ -168,7 +177,6 @@ class ConseTower(Tower):
         how = [self.templates, 1.0, self.top, self.size, "squash"]  # 1.0: the softmax's temperature
         self.identity = f"conse-{digest([image, text, names, *how])}"
 
-    # Models are loaded when they are first needed: what is cached needs none.
     @cached_property
     def _text(self) -> Any:
         from sentence_transformers import SentenceTransformer

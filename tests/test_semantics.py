@@ -331,6 +331,17 @@ def test_prompts_are_the_mean_over_the_templates_and_kept_on_disk(tiny, monkeypa
         prompts(tiny, [long], ("a very nice photo of a {}",))
 
 
+def test_what_is_cached_loads_no_model(card, monkeypatch):
+    tower = OpenClipTower(str(card), None)
+    before = prompts(tower, ["cat"], ("a {}",))
+    monkeypatch.setattr("open_clip.CLIP", lambda **how: pytest.fail("the model was loaded"))
+    again = OpenClipTower(str(card), None)
+    assert (again.logit_scale, again.width) == (tower.logit_scale, tower.width)
+    assert torch.equal(prompts(again, ["cat"], ("a {}",)), before)
+    with pytest.raises(pytest.fail.Exception, match="the model was loaded"):
+        again.encode_images([picture(0)])
+
+
 def test_a_vocabulary_finds_a_class_by_name_synonym_or_text(tiny, tmp_path):
     file = tmp_path / "words.txt"
     file.write_text("cat\nairplane\ndog\n")

@@ -324,8 +324,14 @@ def test_a_model_file_builds_itself_and_checks_what_it_is_tied_to(base, tmp_path
     assert one.experiment == base
     given = [one.vocabulary.words.index("car")]
     one.gt = True
-    assert one.output(data, items, "car").best.tolist() == given
-    assert one.output(data, items, "car").distilled[0].tolist() == given * 4
+    assert one.output(data, (items, "car")).best.tolist() == given
+    assert one.output(data, (items, "car")).distilled[0].tolist() == given * 4
+    sets = [(items, "cow"), (items[1:], "car"), (items[::-1], "dog"), (items[:2], None)]
+    sets += [(items, c) for c in ("cow", "car", "dog", "boat") * 5]  # more than run at once
+    for (members, cls), masks in zip(sets, one.many(data, sets), strict=True):
+        np.testing.assert_allclose(masks, one(data, members, cls), atol=1e-5)
+    apart = np.abs(one(data, items, "car") - one(data, items, "dog")).max()
+    assert apart > 1e-4, f"{apart}: a class that is told changes the masks"
     (tmp_path / "words.txt").write_text("dog\ncow\ncar\nboat\n")  # the same words, another order
     with pytest.raises(LCCoError, match="trained with another vocabulary"):
         load_model(file)

@@ -38,10 +38,8 @@ def known_sets() -> tuple[str, ...]:
     return (*_SETS, *_DRAWN)
 
 
-def load_data(
-    names: str | Sequence[str], *, counts: Mapping[str, int] | None = None,
-    without: Sequence[str] = (),
-) -> CoSegData:  # fmt: skip
+def load_data(names: str | Sequence[str], *, counts: Mapping[str, int] | None = None,
+              without: Sequence[str] = ()) -> CoSegData:  # fmt: skip
     """The set of a known name (`known_sets`) under `LCCO_DATA`, or of a folder in a known layout.
 
     names: several are joined. counts: how many pictures a drawn set has (of each class, for the
@@ -94,9 +92,8 @@ def _known(name: str) -> CoSegData:
     return data.subset(map(data.keys.index, keys), name)
 
 
-def open_folder(
-    path: Path, name: str | None = None, own: Sequence[str] = (), rule: tuple[int, float] = (1, 0)
-) -> CoSegData:
+def open_folder(path: Path, name: str | None = None, own: Sequence[str] = (),
+                rule: tuple[int, float] = (1, 0)) -> CoSegData:  # fmt: skip
     """A folder in any layout, not yet checked to be complete. Raises: LCCoError.
 
     own: its groups, or lists of VOC, if not all. rule: COCO's least number of images and area.

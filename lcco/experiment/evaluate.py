@@ -17,8 +17,6 @@ from lcco.metrics import Counts, Protocol, count, get_protocol, shuffled
 Segmenter = Callable[[CoSegData, list[int], str], Sequence[np.ndarray]]
 CHOICE = {"choice": "native", "choice-ufo": "ufo"}  # the choice test's size, threshold and void
 LEAST = 0.01  # choice: an object counts from this share of the image on
-# the class, the items, how many of them, first, are scored, and under which protocols
-_Set = tuple[str, list[int], int, Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -76,8 +74,9 @@ def evaluate_choice(segment: Segmenter, data: CoSegData, group_size: int = 5,
         raise LCCoError(f"data `{data.name}` has no picture of two classes that others show")
     protocols, out = {name: get_protocol(base) for name, base in CHOICE.items()}, {}
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in CHOICE}
+    found = scorer.maps([(members, c) for sets in plan.values() for c, members in sets.items()])
     for picture, sets in progress(plan.items(), f"choice test on {data.name}"):
-        maps = [scorer.maps(members, c)[0] for c, members in sets.items()]
+        maps = [next(found)[0] for _ in sets]
         for name, p in protocols.items():
             rows[name] += scorer.choice_rows(p, picture, sets, maps)
     for name, p in protocols.items():
@@ -96,24 +95,28 @@ class _Scorer:
         if group_size < 1:
             raise LCCoError(f"a group needs at least 1 image, not {group_size}")
         self.segment, self.data, self.group_size, self.seed = segment, data, group_size, seed
-        own, key = data.groups, data.keys.__getitem__
-        self.classes = {c: sorted(own[c], key=key) for c in sorted(own) if own[c]}
+        own, self.key = data.groups, data.keys.__getitem__
+        self.classes = {c: sorted(own[c], key=self.key) for c in sorted(own) if own[c]}
         if not self.classes:
             raise LCCoError(f"data `{data.name}` has no images to evaluate")
         self.truth = lru_cache(512)(lambda i, label: data.mask(i, [label]))
         self.area = lambda i, label: float(np.mean(self.truth(i, label) == 1))
         self.grey = lru_cache(512)(data.grey_truth)
 
-    def maps(self, members: list[int], label: str) -> list[np.ndarray]:
-        """The segmenter's maps; what is not one map of probabilities an image is refused."""
-        maps = [np.asarray(m, np.float32) for m in self.segment(self.data, list(members), label)]
-        keys = [self.data.keys[i] for i in members]
-        if len(maps) != len(keys) or any(m.ndim != 2 for m in maps):
-            raise LCCoError(f"{keys[0]}: the segmenter must give one [h, w] map an image")
-        for key, m in zip(keys, maps, strict=True):
-            if not (m.min() >= -1e-4 and m.max() <= 1 + 1e-4):  # NaN passes neither comparison
-                raise LCCoError(f"{key}: the segmenter's map has {m.min()} to {m.max()}, not 0..1")
-        return maps
+    def maps(self, sets: list[tuple[list[int], str]]) -> Iterator[list[np.ndarray]]:
+        """The segmenter's maps of each set; what is not one map of probabilities an item stops."""
+        found = (self.segment(self.data, list(members), label) for members, label in sets)
+        if hasattr(self.segment, "many"):
+            found = self.segment.many(self.data, sets)
+        for (members, _), each in zip(sets, found, strict=True):
+            maps, keys = [np.asarray(m, np.float32) for m in each], [*map(self.key, members)]
+            if len(maps) != len(keys) or any(m.ndim != 2 for m in maps):
+                raise LCCoError(f"{keys[0]}: the segmenter must give one [h, w] map an image")
+            for key, m in zip(keys, maps, strict=True):
+                if not -1e-4 <= m.min() <= m.max() <= 1 + 1e-4:  # nor NaN
+                    said = f"the segmenter's map has {m.min()} to {m.max()}, not 0..1"
+                    raise LCCoError(f"{key}: {said}")
+            yield maps
 
     def compare(self, p: Protocol, values: np.ndarray, i: int, label: str) -> tuple[Counts, Any]:
         """A map against the truth of item i: the counts, and the mask that it became."""
@@ -121,10 +124,12 @@ class _Scorer:
         mask = p.binarise(values, ready.shape)
         return count(mask, ready), mask  # `truth` leaves void only where it is ignored
 
-    def score(self, sets: list[_Set], protocols: Mapping[str, Protocol]) -> dict[str, Evaluation]:
+    def score(self, sets: list[tuple], protocols: Mapping[str, Protocol]) -> dict[str, Evaluation]:
+        """Of sets: class, items, how many of them (the first) are scored, names of protocols."""
         rows: dict[str, list[dict[str, Any]]] = {name: [] for name in protocols}
+        found = self.maps([(members, label) for label, members, *_ in sets])
         for label, members, new, names in progress(sets, f"scoring {self.data.name}"):
-            maps = self.maps(members, label)
+            maps = next(found)
             for (i, values), name in product(zip(members[:new], maps[:new], strict=True), names):
                 counts, _ = self.compare(protocols[name], values, i, label)
                 rows[name].append(protocols[name].row(self.data.keys[i], label, counts))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lcco.backbones import Backbone, make_backbone
 from lcco.common import digest, place, progress
-from lcco.config import Experiment, TowerConfig
+from lcco.config import Experiment
 from lcco.data import CoSegData
 from lcco.data.pictures import Box, load_square, mask_square
 from lcco.semantics import Tower, make_tower, painted
@@ -24,6 +24,7 @@ from lcco.store import IN_A_FILE, kept
 Pair = tuple[int, tuple[str, ...]]  # an item, and the classes whose union is its truth
 TRUTH_BYTES = 2**29  # of true masks that are remembered: decoding them costs more than a step
 AT_ONCE = 16  # pictures through the backbone at once: early maps are large
+_tower = lru_cache(maxsize=2)(make_tower)  # models are loaded once
 
 
 class Features:
@@ -167,15 +168,10 @@ def make_features(experiment: Experiment, device: str | None = None) -> Features
     with torch.random.fork_rng(devices=[]):  # random weights are the seed's alone
         torch.manual_seed(experiment.seed)
         backbone = make_backbone(m.backbone, m.weights, m.frozen_stages)
-    tower = _tower(experiment.tower.model_copy(update={"vocabulary": ""}), device)
+    tower = _tower(experiment.tower, device)
     # An encoder-side module changes what later stages see, so only the first one's maps are kept.
     stages = min(m.frozen_stages, 1 if m.placement == "encoder" else 4)
     return Features(tower, backbone, experiment.data.size, stages=stages, device=device)
-
-
-@lru_cache(maxsize=2)
-def _tower(settings: TowerConfig, device: str) -> Tower:
-    return make_tower(settings, device=device)
 
 
 @contextlib.contextmanager

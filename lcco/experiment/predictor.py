@@ -1,8 +1,9 @@
 """A trained network with its frozen parts: masks of any set, and the model file."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from lcco.model import LCCo, Output
 from lcco.semantics import Vocabulary, make_vocabulary
 from lcco.store import atomic_path
 
+Set = tuple[Sequence[int], str | None]  # items, and their class
+AT_ONCE = 40  # pictures through the network at once, of small sets
 OLD = {"temperature", "top", "heads", "halve_every", "checkpoint"}  # settings, now constants
 
 
@@ -49,24 +52,29 @@ class Predictor:
         self.model.eval().to(self.features.device)  # not at each set: a third of a small one's time
 
     @torch.no_grad()
-    def output(self, data: CoSegData, items: Sequence[int], cls: str | None = None) -> Output:
-        """The network's `Output` for one set of items. cls: the true class, used with `gt` only."""
+    def output(self, data: CoSegData, *sets: Set) -> Output:
+        """The network's `Output` for sets of one size: each its items, and its class (for `gt`)."""
         f, device, target = self.features, self.features.device, None
+        items, shape = [i for members, _ in sets for i in members], (len(sets), len(sets[0][0]))
         images, maps = f.visual(data, items, keep=self.keep)
-        if self.gt and cls is not None:
-            target = torch.tensor([self.vocabulary.nearest(cls, f.tower)], device=device)
+        if self.gt:  # −1: none
+            near = [-1 if c is None else self.vocabulary.nearest(c, f.tower) for _, c in sets]
+            target = torch.tensor(near, device=device)
+        parts = images, f.embeddings(data, items, keep=self.keep), *(maps or [])
+        parts = [x if x is None else x.unflatten(0, shape).to(device).float() for x in parts]
         with deterministic(f):
-            return self.model(
-                None if images is None else images[None].to(device),
-                f.embeddings(data, items, keep=self.keep)[None].to(device),
-                self.vocabulary.embeddings.to(device),
-                maps=maps and [m[None].to(device).float() for m in maps],
-                target=target, k=self.k,
-            )  # fmt: skip
+            how = {"maps": parts[2:], "target": target, "k": self.k}
+            return self.model(*parts[:2], self.vocabulary.embeddings.to(device), **how)
+
+    def many(self, data: CoSegData, sets: Iterable[Set]) -> Iterator[np.ndarray]:
+        """Mask probabilities [n, S, S] in 0..1 of each set; neighbours of one size run together."""
+        for n, alike in groupby(sets, key=lambda one: len(one[0])):
+            while batch := list(islice(alike, max(1, AT_ONCE // n))):
+                yield from self.output(data, *batch).logits.float().sigmoid().cpu().numpy()
 
     def __call__(self, data: CoSegData, items: Sequence[int], cls: str | None = None) -> np.ndarray:
         """Mask probabilities [n, S, S] in 0..1 of one set of items."""
-        return self.output(data, items, cls).logits[0].float().sigmoid().cpu().numpy()
+        return next(self.many(data, [(items, cls)]))
 
 
 def trained_state(model: LCCo) -> dict[str, Tensor]:
@@ -99,8 +107,7 @@ def save_model(path: Path, state: Mapping[str, Tensor], experiment: Experiment, 
         "experiment": experiment.model_dump(mode="json"), "training_version": TRAINING_VERSION,
         "vocabulary_hash": vocabulary.hash, "words": list(vocabulary.words),
         "tower": features.tower.identity, "backbone": features.backbone.identity,
-        "trained_on": trained_on(experiment),
-    }  # fmt: skip
+        "trained_on": trained_on(experiment)}  # fmt: skip
     tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
     with atomic_path(path) as part:  # by Python's own writer, which names a full disk
         part.write_bytes(save(tensors, {"lcco": json.dumps(about, sort_keys=True)}))

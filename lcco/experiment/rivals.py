@@ -125,8 +125,7 @@ class Rival:
             name = f"{test.name}-{p}-{group_size}-{digest(on, 10)}.json".replace("/", "_")
             found = kept(self.path / name, lambda p=p: {
                 "scores": asdict(evaluate_all(self, test, [p], group_size)[p]),
-                "scored_by": environment(),
-            })  # fmt: skip
+                "scored_by": environment()})  # fmt: skip
             self.record["data"][test.name], self.record["environment"] = on, found["scored_by"]
             out[p] = Evaluation(**found["scores"])
         self.__dict__.pop("net", None)  # its memory is for the next rival

@@ -113,9 +113,8 @@ class Run:
 
 
 def _described(data: CoSegData | None) -> dict[str, Any] | None:
-    return data and {
-        "name": data.name, "images": len(data), "digest": data.digest(),
-        "masks": data.truth_digest()}  # fmt: skip
+    return data and {"name": data.name, "images": len(data), "digest": data.digest(),
+                     "masks": data.truth_digest()}  # fmt: skip
 
 
 def load_tests(profile: Profile, names: Sequence[str]) -> dict[str, CoSegData | Missing]:
@@ -158,8 +157,7 @@ def _train(experiment: Experiment, path: Path) -> None:
     write_json(path / "record.json", _about(best if best.is_file() else last) | {
         "environment": here, "begun_on": before, "data": _described(trainer.data),
         "holdout": _described(trainer.holdout), "seconds": round(summary["seconds"], 1),
-        "processes": trainer.accelerator.num_processes, "training": summary,
-    })  # fmt: skip
+        "processes": trainer.accelerator.num_processes, "training": summary})  # fmt: skip
     trainer.checkpoint.unlink(missing_ok=True)  # only now: a kill before this loses nothing
 
 
@@ -181,11 +179,9 @@ def estimate(experiment: Experiment) -> dict[str, Any]:
         short = Trainer(e, Path(folder), few=20)
         first, last = short.fit(stop_at=1), short.fit(stop_at=4)  # the first step warms up
     each = (last["seconds"] - first["seconds"]) / max(1, last["step"] - 1)
-    return {
-        "run": e.run_name, "images": images, "trained parameters": short.learned,
-        "steps": e.train.steps, "images a step": e.data.groups * e.data.group_size,
-        "training seconds": round(each * e.train.steps, 2),
-    }  # fmt: skip
+    return {"run": e.run_name, "images": images, "trained parameters": short.learned,
+            "steps": e.train.steps, "images a step": e.data.groups * e.data.group_size,
+            "training seconds": round(each * e.train.steps, 2)}  # fmt: skip
 
 
 def find_run(experiment: Experiment) -> Run | None:

@@ -214,8 +214,7 @@ class Trainer:
             "given": given, "images": None if images is None else images.unflatten(0, shape),
             "maps": maps and [m.unflatten(0, shape) for m in maps], "true": true,
             "embeddings": f.embeddings(self.data, items).unflatten(0, shape),
-            "truth": torch.from_numpy(np.stack(truths)).unflatten(0, shape),
-        }  # fmt: skip
+            "truth": torch.from_numpy(np.stack(truths)).unflatten(0, shape)}  # fmt: skip
 
     def step(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """One step of the optimiser. Returns the loss and its parts."""
