@@ -61,10 +61,11 @@ class Backbone(nn.Module):
                 module.eval()
         return self
 
-    def forward(self, images: Tensor | None, maps: Sequence[Tensor] = ()) -> list[Tensor]:
-        """Images [M, 3, H, W] in 0..1, or the leading maps → four [M, channels[i], H/s, W/s]."""
+    def forward(self, images: Tensor | None, maps: Sequence[Tensor] = (),
+                last: int = 4) -> list[Tensor]:  # fmt: skip
+        """Images [M, 3, H, W] in 0..1, or the leading maps → `last` [M, channels[i], H/s, W/s]."""
         maps = list(maps) or [self.stages[0](self.normalise(images))]
-        for stage in self.stages[len(maps) :]:
+        for stage in self.stages[len(maps) : last]:
             maps.append(stage(maps[-1]))
         return maps
 

@@ -1,5 +1,6 @@
 """The command `lcco`: data check, train, evaluate, cosegment. Heavy imports are inside."""
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -101,8 +102,9 @@ def evaluate(
     protocols = [p.strip() for p in protocol.split(",")]
     model, test = open_run(run), load_data(data)
     found = model.evaluate(test, protocols, group_size, allow_overlap=allow_overlap)
-    what = f"{model.overlap(test)} of {len(test)} pictures are in the training data"
-    print(f"{test.name}: {what}", file=sys.stderr)
+    with contextlib.suppress(LCCoError):  # with --allow-overlap its training set may be gone
+        what = f"{model.overlap(test)} of {len(test)} pictures are in the training data"
+        print(f"{test.name}: {what}", file=sys.stderr)
     rows = [{"data": e.data, "protocol": name, "set size": e.group_size} | scores(e.summary)
             for name, e in found.items()]  # fmt: skip
     print(pd.DataFrame(rows).dropna(axis=1).to_markdown(index=False, floatfmt=".1f"))

@@ -18,6 +18,7 @@ from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 from lcco import __version__
+from lcco.backbones import tensors_digest
 from lcco.common import LCCoError, digest, few, file_digest, one_line
 from lcco.data.pictures import is_system, listing, picture_size, pictures_in, read_picture, to_rgb
 from lcco.data.sets import CoSegData, threaded
@@ -196,7 +197,8 @@ def _lacking(predictor, pictures, results, S, cls) -> torch.Tensor:
     pairs = zip(pictures, results, strict=True)
     views = zip(*(_views(picture, result, tower.mean) for picture, result in pairs), strict=True)
     objects = [tower.encode_images(view) for view in views]  # [n, D] each, of unit norm
-    logits = [scale * s for s in (S, *(E @ predictor.vocabulary.embeddings.T for E in objects))]
+    S = (S.cpu(), *(E @ predictor.vocabulary.embeddings.T for E in objects))  # [n, P] each
+    logits = [scale * s for s in S]
     if cls is not None:
         word = predictor.vocabulary.nearest(cls, tower)
         return torch.stack(logits).softmax(-1)[..., word].amax(0) < LACKS_CLASS
@@ -291,7 +293,8 @@ def cosegment_folder(sources: Iterable[Path | str] | Path | str, out: Path | str
     """
     file = None if isinstance(weights, Predictor) else open_run(weights or "shipped").weights
     about = {"threshold": threshold, "class": cls, "background": background, "keep_all": keep_all}
-    about["weights"] = file and file_digest(file, 64)
+    own = None if file else tensors_digest(weights.model.state_dict())
+    about["weights"] = own or file_digest(file, 64)
     if background not in (None, "white", "blur"):
         about["background"] = f"{background} {digest(read_picture(background).tobytes())}"
     sources = [sources] if isinstance(sources, (str, Path)) else sources
@@ -332,11 +335,13 @@ def _allowed(out: Path, files: Sequence[Path], about: Record, overwrite: bool) -
         images.append({"name": name} | {kind: form.format(stem) for kind, form in KINDS.items()})
     contents = [f.is_file() and os.access(f, os.R_OK) and file_digest(f, 64) for f in files]
     record = about | {"key": digest([about, [i["name"] for i in images], contents], 16)}
-    if old.get("key") == record["key"]:
+    made = [i[kind] for i in old.get("images", ()) for kind in KINDS.keys() & i]
+    same = old.get("key") == record["key"]
+    if same and (not old["complete"] or all((out / name).is_file() for name in made)):
         return old
     if {f.parent.resolve() for f in files} & {p.resolve() for p in (out, *ours)}:
         raise LCCoError(f"{out}: holds the pictures themselves; give another --out")
-    if any(p.exists() for p in ours) and not (old and overwrite):
+    if any(p.exists() for p in ours) and not (old and (overwrite or same)):
         what = "holds other results, or files that lcco did not make"
         raise LCCoError(f"{out}: {what}; give another --out, or --overwrite results of lcco")
     return record | {"tool": TOOL, "version": __version__, "complete": False, "images": images}

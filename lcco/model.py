@@ -6,7 +6,6 @@ neighbours of an image. `present` says which of the B×N inputs exist: these M i
 flat list with a group number each, so ragged groups need no padding inside.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -355,10 +354,6 @@ class LCCo(nn.Module):
         maps = maps or [self.backbone.stages[0](self.backbone.normalise(images))]
         for n in range(len(maps), 4):
             maps.append(refine(self.backbone.stages[n](maps[-1]), n + 1))
-        return self.top_down(maps, refine)
-
-    def top_down(self, maps: list[Tensor], refine: Callable[[Tensor, int], Tensor]) -> Tensor:
-        """From the backbone's maps to mask logits [M, H, W], refined on the way."""
         c4, c8, c16, c32 = maps
         p = refine(self.lateral["32"](c32), 32)  # [M, C, H/32, W/32]
         p = self.smooth["16"](_add_resized(self.lateral["16"](c16), p))  # [M, C, H/16, W/16]

@@ -31,7 +31,8 @@ Colour = tuple[float, float, float]  # RGB in 0..1
 
 
 class Tower:
-    """A frozen model that embeds images and texts into one space; it gives the last two methods.
+    """A frozen model that embeds images and texts into one space. Its kind gives `_embed`, pixels
+    [n, 3, size, size] → [n, D], and `encode_prompts`, texts → [p, D] (float32, unit norm, CPU).
 
     Deviation: CLIP crops the middle; here the whole picture is squashed to a square, as the
     segmentation network sees it, so that an object at the edge counts.
@@ -58,13 +59,6 @@ class Tower:
         image = image.convert("RGB").resize((self.size, self.size), Image.Resampling.BICUBIC)
         x = torch.from_numpy(np.asarray(image, dtype=np.float32) / 255)
         return ((x - torch.tensor(self.mean)) / torch.tensor(self.std)).permute(2, 0, 1)
-
-    def _embed(self, x: Tensor) -> Tensor:
-        raise NotImplementedError  # [n, 3, size, size] → [n, D]
-
-    def encode_prompts(self, texts: Sequence[str]) -> Tensor:
-        """Texts → [p, D] float32 of unit norm, on the CPU."""
-        raise NotImplementedError
 
 
 class OpenClipTower(Tower):

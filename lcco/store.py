@@ -89,11 +89,12 @@ def kept(path: Path, make: Callable[[], Any]) -> Any:
     if not path.is_file():
         with lock(path.with_name(f"{path.name}.lock")):
             if not path.is_file():  # nor made by another process in the meantime
+                value = make()
                 with atomic_path(path) as part:
-                    save(part, make())
+                    save(part, value)
     try:
         return np.load(path, mmap_mode="r") if array else json.loads(path.read_text("utf-8"))
-    except (ValueError, EOFError, OSError) as error:
+    except (ValueError, EOFError) as error:
         print(f"{path}: damaged ({error}), made again", file=sys.stderr)
         path.unlink()
         return kept(path, make)

@@ -32,7 +32,7 @@ def test_each_part_of_a_profiles_network_is_a_row():
     )
     assert rows.loc["Baseline", "flops"] > rows.loc["backbone", "flops"]
     assert rows["threads"].iloc[0] == 1 and rows["torch"].iloc[0] == torch.__version__
-    assert rows["test_set"].iloc[0] == "a set of 3 at 64 px" and rows["device"].iloc[0]
+    assert rows["test_set"].iloc[0] == "3 × 64 px" and rows["device"].iloc[0]
     table = Table("cost", rows.reset_index(), values=("parameters", "flops", "seconds"), unit="")
     assert "Baseline + ISFC" in table.markdown()
 

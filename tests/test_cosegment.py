@@ -10,7 +10,8 @@ import shutil
 import subprocess
 import sys
 import threading
-from copy import copy
+from copy import copy, deepcopy
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -628,6 +629,24 @@ def test_a_second_start_makes_only_what_is_missing(weights, photos, tmp_path, mo
     cosegment_folder(photos, out, weights=weights)
     assert "nothing to do" in capsys.readouterr().err
     assert after == {f: (out / f).stat().st_mtime_ns for f in files(out)}
+
+
+def test_what_was_deleted_of_a_finished_set_is_made_again(weights, photos, tmp_path):
+    out = tmp_path / "out"
+    (photos / "p3.jpg").write_bytes(b"no picture")  # has no mask, and none is missed
+    cosegment_folder(photos, out, weights=weights)
+    before = {f: (out / f).read_bytes() for f in files(out)}
+    shutil.rmtree(out / "cutouts")
+    cosegment_folder(photos, out, weights=weights)
+    assert before == {f: (out / f).read_bytes() for f in files(out)}
+
+
+def test_a_model_in_memory_is_told_from_another(model, photos, tmp_path):
+    other = replace(model, model=deepcopy(model.model))
+    with torch.no_grad():
+        other.model.head[-1].bias += 9
+    cosegment_folder(photos, tmp_path / "out", weights=model)
+    refuses("out: holds other results", photos, tmp_path / "out", weights=other)
 
 
 def test_another_set_into_the_same_folder_is_refused(weights, photos, tmp_path):

@@ -245,6 +245,13 @@ def test_every_example_is_attributed_and_has_its_mask():
         assert (folder / "truth" / name).with_suffix(".png").is_file()
 
 
+def test_every_mutant_breaks_a_line_that_is_there():
+    import mutants
+
+    every = [mutants.Mutant(f, *lines) for f, pairs in mutants.MUTANTS.items() for lines in pairs]
+    assert mutants.stale(every) == []
+
+
 def test_ci_runs_what_the_makefile_offers():
     assert re.search(r"^make test$", (ROOT / ".ci" / "run").read_text(encoding="utf-8"), re.M)
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -275,3 +282,53 @@ def test_readme_is_short_before_the_details_and_its_numbers_are_the_committed_ro
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.partition("\n---\n")[0].split()) <= 1250
     assert readme_table.filled(text) == text, "run scripts/readme_table.py"
+
+
+def test_what_contributing_shows_works(tmp_path):
+    """Its classes, run as they stand there."""
+    from types import SimpleNamespace
+
+    import numpy as np
+    import torch
+    from drawn import picture
+    from PIL import Image
+    from torch.nn import functional as F
+
+    from lcco import backbones
+    from lcco.data import CoSegData
+    from lcco.data.pictures import read_mask
+    from lcco.experiment.rivals import Rival
+    from lcco.semantics import Tower
+
+    class Model(torch.nn.Linear):
+        def image(self, x):
+            return self(x.mean((2, 3)))
+
+        def text(self, texts):
+            return torch.ones(len(texts), 512)
+
+    scope = {"np": np, "torch": torch, "F": F, "backbones": backbones, "Tower": Tower}
+    scope |= {"CoSegData": CoSegData, "read_mask": read_mask, "Rival": Rival}
+    scope["load_my_model"] = lambda weights: Model(3, 512)
+    blocks = re.findall(r"```python\n(class .+?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S)
+    assert len(blocks) == 3
+    for block in blocks:
+        exec(block.split("\ndef make_tower")[0].split("\nRIVALS")[0], scope)
+    tower = scope["MyTower"](None)
+    vectors = tower.encode_images([Image.new("RGB", (50, 30), "red")] * 2)
+    assert vectors.shape == (2, 512) and torch.allclose(vectors.norm(dim=-1), torch.ones(2))
+    assert tower.encode_prompts(["a", "b"]).norm(dim=-1).tolist() == pytest.approx([1, 1])
+    for n, key in enumerate(["cow_1", "cow_2", "dog_1"]):
+        for folder in ("images", "masks"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+        picture(n).save(tmp_path / "images" / f"{key}.jpg")
+        Image.fromarray(np.eye(*picture(n).size[::-1], dtype=np.uint8) * 255).save(
+            tmp_path / "masks" / f"{key}.png"
+        )
+    data = scope["MyData"]("mine", tmp_path).complete()
+    assert {c: len(items) for c, items in data.groups.items()} == {"cow": 2, "dog": 1}
+    assert data.mask(0, ["cow"]).trace() == min(picture(0).size) and not data.mask(0, ["dog"]).any()
+    assert data.image(0).size == picture(0).size and len(set(data.hashes())) == 3
+    rival = scope["Centre"](SimpleNamespace(device="cpu"), None)
+    centre = next(rival(data, [0], "cow"))
+    assert abs(centre.mean() - 0.25) < 0.05

@@ -33,6 +33,13 @@ def test_kept_is_made_once_and_again_when_damaged(tmp_path, name, value):
     assert [p.name for p in path.parent.iterdir() if p.name.startswith(".part")] == []
 
 
+def test_a_failure_in_making_is_not_laid_on_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LCCO_CACHE", str(tmp_path))
+    with pytest.raises(PermissionError, match="secret"):
+        kept(tmp_path / "a.json", lambda: (_ for _ in ()).throw(PermissionError("secret")))
+    assert not list(tmp_path.glob("*.json")) and not list(tmp_path.glob(".part*"))
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     write_text(tmp_path / "a.txt", "old")
     with pytest.raises(ZeroDivisionError), atomic_path(tmp_path / "a.txt") as part:

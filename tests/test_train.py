@@ -15,7 +15,7 @@ from tiny import same, weights
 
 from lcco.backbones import model_file, read_about, read_tensors
 from lcco.common import LCCoError
-from lcco.config import Experiment
+from lcco.config import Experiment, load_profile
 from lcco.data import Draw, load_data
 from lcco.experiment.predictor import (
     Predictor,
@@ -360,6 +360,15 @@ def test_the_shipped_file_is_read_although_its_settings_are_older():
     assert (e.name, e.model.width, e.train.steps) == ("shipped", 64, 1500)
     with pytest.raises(LCCoError, match="unknown setting `model.headz`"):
         read_experiment(about["experiment"] | {"model": {"headz": 4}})
+
+
+def test_the_profile_own_goes_on_from_the_shipped_model(tmp_path):
+    mine = drawn.folders(tmp_path, ["cow"], 3, "mine")
+    e = load_profile("own").experiment.replace({"data.train": str(mine)})
+    one, shipped = Trainer(e, tmp_path / "on"), read_tensors(model_file("shipped"))
+    for key, value in one.model.state_dict().items():
+        if not key.startswith("backbone."):
+            assert torch.equal(value, shipped[key]), key
 
 
 def test_a_training_goes_on_from_a_model_file(base, tmp_path):

@@ -72,6 +72,14 @@ def test_snakemake_says_in_one_line_what_is_mistaken(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_the_seeds_of_the_parameters_are_those_that_are_trained(tmp_path):
+    given = ["--config", "profile=smoke", "notebooks=02", "parameters={seeds: [3, 5]}"]
+    done = snakemake(tmp_path, "-n", *given)
+    assert done.returncode == 0, done.stderr
+    trained = re.findall(r"^train +(\d+)\s*$", done.stdout + done.stderr, re.MULTILINE)
+    assert set(trained) == {str(2 * 8)}  # its table stands above and below the jobs
+
+
 def test_text_stays_text(tmp_path):
     (tmp_path / "007.yaml").write_text("base: smoke\n")
     given = ["profile=007.yaml", "results=./2024_05", "notebooks=00", "parameters={cls: 007}"]
@@ -104,8 +112,9 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, dict[str
 
     One of its own profiles, given by a path relative to a folder outside the repository.
     """
-    base = tmp_path_factory.mktemp("graph")
-    (base / "mine.yaml").write_text("base: smoke\nabout: Mine.\nexperiment: {name: mine}\n")
+    base = tmp_path_factory.mktemp("graph") / "my pictures"
+    base.mkdir()
+    (base / "mine.yaml").write_text("base: smoke\nabout: Mine.\nexperiment: {name: mine (2+1)}\n")
     words = ["--cores", "1", "--quiet", "all", "--config", *CONFIG, "results=out"]
     how = {"cwd": base, "env": environment(base), "text": True, "start_new_session": True}
     process = subprocess.Popen([*SNAKEMAKE, *words], stderr=subprocess.PIPE, **how)
@@ -130,7 +139,7 @@ def test_it_says_what_it_costs_and_shows_progress(graph):
     _, said, _, again = graph
     assert "Traceback" not in said + again, said + again
     assert "to do: 1 embedding, 1 training, 1 notebook, 1 report" in said
-    assert "[1/4] done: embed mine" in said and "[2/4] done: train mine-" in said, said
+    assert "[1/4] done: embed mine" in said and "[2/4] done: train mine (2+1)-" in said, said
     assert "time not known before the first run" in said
 
 
@@ -160,12 +169,15 @@ def test_it_leaves_tables_the_executed_notebook_and_a_log_for_each_job(graph):
 def test_a_failed_job_names_its_log_in_one_line(graph):
     base, *_ = graph
     words = ["--cores", "1", "--quiet", "all", "--config", *CONFIG]
-    done = snakemake(base, *words, "results=other", "parameters={seeds: [-1]}")
+    (weights,) = base.glob("runs/mine*/best.safetensors")
+    weights.rename(base / "away")
+    done = snakemake(base, *words, "results=other")
+    (base / "away").rename(weights)
     failed = [line for line in done.stderr.splitlines() if "failed: notebook" in line]
     assert done.returncode and len(failed) == 1
     assert "to do: 1 notebook, 1 report: about" in done.stderr  # as long as it took before
     log = Path(failed[0].rpartition("log: ")[2].rstrip(")"))
-    assert "`seed`" in failed[0] and log.is_file()
+    assert "weights `best.safetensors` not found" in failed[0] and log.is_file()
 
 
 def test_what_is_not_here_is_tried_again(tmp_path):

@@ -233,7 +233,7 @@ def forecast(jobs: Iterable[Any], folder: Path, logs: Path, cores: int) -> str:
     found = {word: counts[rule] for rule, word in RULES.items() if rule in counts}
     words = [f"{n} {word}{'s' * (n > 1)}" for word, n in found.items()]
     about = f"about {duration(seconds)}" if seconds else "time not known before the first run"
-    more = f", and {unknown} jobs of unknown length" if seconds and unknown else ""
+    more = f", and {unknown} more of unknown length" if seconds and unknown else ""
     return f"to do: {', '.join(words)}: {about}{more}"
 
 
@@ -275,6 +275,15 @@ def settings(config: Mapping[str, Any], caller: Path) -> dict[str, Any]:
     return out
 
 
+def profile_of(given: Mapping[str, Any]) -> Profile:
+    """The profile, with the seeds of the parameters where they name some, as in the notebooks."""
+    profile, seeds = load_profile(given["profile"]), given["parameters"].get("seeds")
+    if seeds is None:
+        return profile
+    kinds = ("seeds", "ablation_seeds", "reading_seeds")
+    return profile.model_copy(update=dict.fromkeys(kinds, typed(seeds, tuple[int, ...], "seeds")))
+
+
 def _check_names(chosen: Mapping[str, Any]) -> None:
     import papermill
 
@@ -292,7 +301,7 @@ def main(kind: str, given: str, *rest: str) -> None:
     what = rest[0] if kind in ("train", "notebook") else of["name"]
     log = logs / f"{kind}-{what}.log"
     with logged(f"{kind} {what}", log):
-        profile = load_profile(of["profile"])
+        profile = profile_of(of)
         if kind == "embed":
             embed(profile, of["notebooks"], Path(rest[0]))
         elif kind == "train":

@@ -1,7 +1,7 @@
 """What a folder of pictures and masks holds, and what is wrong with it."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -39,7 +39,12 @@ def check(path: str | Path, training: CoSegData | None = None, *, limit: int = 2
     for c, items in groups.items():
         if (bare := sum(data.keys[i] in empty for i in items)) > len(items) / 2:
             found.append(("most masks empty", c, f"{bare} of {len(items)} have no object pixel"))
-    found += [*data.left_out, *_alike(data, dict(sorted(looks.items())), training)]
+    found += data.left_out
+    keys, hashes = [data.keys[i] for i in sorted(looks)], [looks[i] for i in sorted(looks)]
+    first = {b: a for a, b in reversed(near_pairs(hashes, hashes)) if a < b}
+    found += [("duplicate", keys[b], f"of {keys[a]}") for b, a in sorted(first.items())]
+    for a, b in dict(near_pairs(hashes, training.hashes())).items() if training else ():
+        found.append(("in training set", keys[a], f"as {training.keys[b]} of {training.name}"))
     rows = [("ok", "images", c, len(items), "") for c, items in groups.items()]
     for kind in _ERRORS + _NOTES:
         status = "error" if kind in _ERRORS else "note"
@@ -61,13 +66,3 @@ def _look(data: CoSegData, i: int, looks: dict[int, str]) -> Iterator[Row]:
             yield "empty mask", key, "no object pixel"
     except LCCoError as error:
         yield f"{'bad' if path.is_file() else 'missing'} {side}", key, str(error)
-
-
-def _alike(data: CoSegData, looks: Mapping[int, str], training: CoSegData | None) -> Iterator[Row]:
-    """Pictures that are there twice, or in `training` too, by their hashes."""
-    keys, hashes = [data.keys[i] for i in looks], list(looks.values())
-    first = {b: a for a, b in reversed(near_pairs(hashes, hashes)) if a < b}
-    for b in sorted(first):
-        yield "duplicate", keys[b], f"of {keys[first[b]]}"
-    for a, b in dict(near_pairs(hashes, training.hashes())).items() if training else ():
-        yield "in training set", keys[a], f"as {training.keys[b]} of {training.name}"

@@ -43,7 +43,7 @@ def bench(profile: Profile, repeats: int = 5) -> pd.DataFrame:
     costs = costs.div({"parameters": 1e6, "flops": 1e9, "seconds": 1, "ratio": 1}).round(5)
     here = {k: about[k] for k in ("device", "platform", "cores", "threads")}
     here |= {"torch": str(torch.__version__), "repeats": repeats, "protocol": ""}
-    here |= {"test_set": f"a set of {n} at {e.data.size} px", "images": n, "group_size": n}
+    here |= {"test_set": f"{n} × {e.data.size} px", "images": n, "group_size": n}
     rows = costs.to_dict("index").items()
     return pd.DataFrame([row("cost", name, profile, e, **here, **cells) for name, cells in rows])
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import islice, product
 from typing import Any
 
@@ -47,10 +47,18 @@ def evaluate_all(segment: Segmenter, data: CoSegData, protocols: Sequence[str],
         names = [name for name, p in chosen.items() if p.grouping == kind]
         groups = chosen[names[0]].groups(items, group_size, seed, label)
         sets += [(label, members, new, names) for members, new in groups]
-    found = scorer.score(sets, chosen) if chosen else {}
-    if len(chosen) < len(protocols):
-        found |= evaluate_choice(segment, data, group_size, seed)
-    return {name: found[name] for name in protocols}
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in chosen}
+    found = scorer.maps([(members, label) for label, members, *_ in sets])
+    for label, members, new, names in progress(sets, f"scoring {data.name}"):
+        pairs = zip(members[:new], next(found)[:new], strict=True)
+        for (i, values), name in product(pairs, names):
+            counts, _ = scorer.compare(chosen[name], values, i, label)
+            rows[name].append(chosen[name].row(data.keys[i], label, counts))
+    ran = {name: sum(name in names for *_, names in sets) for name in chosen}
+    out = {name: scorer.evaluation(name, p, rows[name], ran[name]) for name, p in chosen.items()}
+    if CHOICE.keys() & set(protocols):
+        out |= evaluate_choice(segment, data, group_size, seed)
+    return {name: out[name] for name in protocols}
 
 
 def evaluate_choice(segment: Segmenter, data: CoSegData, group_size: int = 5,
@@ -99,9 +107,9 @@ class _Scorer:
         self.classes = {c: sorted(own[c], key=self.key) for c in sorted(own) if own[c]}
         if not self.classes:
             raise LCCoError(f"data `{data.name}` has no images to evaluate")
-        self.truth = lru_cache(512)(lambda i, label: data.mask(i, [label]))
-        self.area = lambda i, label: float(np.mean(self.truth(i, label) == 1))
-        self.grey = lru_cache(512)(data.grey_truth)
+        self.truth = lru_cache(32)(lambda i, label: data.mask(i, [label]))  # 12 MB each, of 12 MP
+        self.area = cache(lambda i, label: float(np.mean(self.truth(i, label) == 1)))
+        self.grey = lru_cache(32)(data.grey_truth)
 
     def maps(self, sets: list[tuple[list[int], str]]) -> Iterator[list[np.ndarray]]:
         """The segmenter's maps of each set; what is not one map of probabilities an item stops."""
@@ -123,18 +131,6 @@ class _Scorer:
         ready = p.truth(self.truth(i, label), self.grey(i))
         mask = p.binarise(values, ready.shape)
         return count(mask, ready), mask  # `truth` leaves void only where it is ignored
-
-    def score(self, sets: list[tuple], protocols: Mapping[str, Protocol]) -> dict[str, Evaluation]:
-        """Of sets: class, items, how many of them (the first) are scored, names of protocols."""
-        rows: dict[str, list[dict[str, Any]]] = {name: [] for name in protocols}
-        found = self.maps([(members, label) for label, members, *_ in sets])
-        for label, members, new, names in progress(sets, f"scoring {self.data.name}"):
-            maps = next(found)
-            for (i, values), name in product(zip(members[:new], maps[:new], strict=True), names):
-                counts, _ = self.compare(protocols[name], values, i, label)
-                rows[name].append(protocols[name].row(self.data.keys[i], label, counts))
-        ran = {name: sum(name in names for *_, names in sets) for name in protocols}
-        return {n: self.evaluation(n, p, rows[n], ran[n]) for n, p in protocols.items()}
 
     def evaluation(self, name: str, p: Protocol, rows: list[dict], sets: int) -> Evaluation:
         rows = sorted(rows, key=lambda r: (r["class"], r["key"]))

@@ -125,20 +125,11 @@ class Features:
         squares = [load_square(data.image(i), self.size, crop)[:, :: -1 if flip else 1]
                    for i, flip, crop in zip(items, flips, crops, strict=True)]  # fmt: skip
         images = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).float().div_(255)
-        return (None, self.frozen_maps(images)) if self.stages else (images, None)
-
-    @torch.no_grad()
-    def frozen_maps(self, images: Tensor) -> list[Tensor]:
-        """The leading maps that are kept, of images [n, 3, S, S] in 0..1, on the CPU."""
-        mode, found = self.backbone.training, []
-        self.backbone.eval().to(self.device)
-        for part in images.split(AT_ONCE):
-            maps = [self.backbone.normalise(part.to(self.device))]
-            for stage in self.backbone.stages[: self.stages]:
-                maps.append(stage(maps[-1]))
-            found.append([m.cpu() for m in maps[1:]])
-        self.backbone.train(mode)
-        return [torch.cat(stage) for stage in zip(*found, strict=True)]
+        if not self.stages:
+            return images, None
+        net, parts = self.backbone.to(self.device), images.split(AT_ONCE)
+        found = [[m.cpu() for m in net(x.to(self.device), last=self.stages)] for x in parts]
+        return None, [torch.cat(stage) for stage in zip(*found, strict=True)]
 
     def _maps(self, data: CoSegData, start: int, mirrored: bool) -> np.ndarray:
         """The maps of `IN_A_FILE` pictures, [n] of `row`."""
@@ -164,7 +155,9 @@ class Features:
 
 def make_features(experiment: Experiment, device: str | None = None) -> Features:
     """The frozen parts of an experiment, on the GPU if there is one; a tower is loaded once."""
-    m, device = experiment.model, device or ("cuda" if torch.cuda.is_available() else "cpu")
+    m, here = experiment.model, torch.cuda.is_available()
+    # With its number: the loader's thread knows of no other than the first.
+    device = device or (f"cuda:{torch.cuda.current_device()}" if here else "cpu")
     with torch.random.fork_rng(devices=[]):  # random weights are the seed's alone
         torch.manual_seed(experiment.seed)
         backbone = make_backbone(m.backbone, m.weights, m.frozen_stages)

@@ -86,7 +86,8 @@ def trained_state(model: LCCo) -> dict[str, Tensor]:
 def trained_on(experiment: Experiment) -> list[dict[str, Any]]:
     """The data settings of every training behind a model: its own, then those of its starts."""
     out = [experiment.data.model_dump(mode="json")]
-    for about in filter(None, map(about_start, (experiment.model.weights, experiment.train.start))):
+    starts = dict.fromkeys((experiment.model.weights, experiment.train.start))
+    for about in filter(None, map(about_start, starts)):
         out += about.get("trained_on", [about["experiment"]["data"]])
     return out
 

@@ -307,9 +307,8 @@ class Clustering(Rival):
     def patches(self, data: CoSegData, items: Sequence[int]) -> Tensor:
         """Unit features [N, h, w, D] of the third stage, on twice its grid."""
         images, maps = self.features.visual(data, items)
-        x = (maps[:3][-1].float() if maps else images).to(self.device)
-        for stage in [self.net.normalise, *self.net.stages[:3]][len(maps) + 1 if maps else 0 :]:
-            x = stage(x)
+        maps = [m.float().to(self.device) for m in (maps or ())[:3]]
+        x = self.net(None if maps else images.to(self.device), maps, 3)[2]
         fine = F.interpolate(x, scale_factor=2, mode="bilinear")
         return F.normalize(fine, dim=1).permute(0, 2, 3, 1).cpu()
 

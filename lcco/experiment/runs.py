@@ -140,25 +140,22 @@ def get_run(experiment: Experiment) -> Run:
     with held if team.is_main_process else contextlib.nullcontext():  # one holds it for all
         team.wait_for_everyone()
         if not (path / "record.json").is_file():
-            _train(experiment, path)
+            trainer = Trainer(experiment, path)
+            summary = trainer.fit()
+            if team.is_main_process:
+                *before, here = summary.pop("machines")
+                best, last = path / "best.safetensors", path / "last.safetensors"
+                write_json(path / "record.json", _about(best if best.is_file() else last) | {
+                    "environment": here, "begun_on": before, "data": _described(trainer.data),
+                    "holdout": _described(trainer.holdout), "training": summary,
+                    "seconds": round(summary["seconds"], 1), "processes": team.num_processes,
+                })  # fmt: skip
+                # only now: a kill before this loses nothing
+                trainer.checkpoint.unlink(missing_ok=True)
         team.wait_for_everyone()
     run = _stored(path)
     run.check()
     return run
-
-
-def _train(experiment: Experiment, path: Path) -> None:
-    trainer = Trainer(experiment, path)
-    summary = trainer.fit()
-    if not trainer.accelerator.is_main_process:
-        return
-    *before, here = summary.pop("machines")
-    best, last = path / "best.safetensors", path / "last.safetensors"
-    write_json(path / "record.json", _about(best if best.is_file() else last) | {
-        "environment": here, "begun_on": before, "data": _described(trainer.data),
-        "holdout": _described(trainer.holdout), "seconds": round(summary["seconds"], 1),
-        "processes": trainer.accelerator.num_processes, "training": summary})  # fmt: skip
-    trainer.checkpoint.unlink(missing_ok=True)  # only now: a kill before this loses nothing
 
 
 def _about(file: Path) -> dict[str, Any]:

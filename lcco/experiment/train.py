@@ -126,7 +126,15 @@ class Trainer:
         self.averaged = deepcopy(self.model) if experiment.train.ema else self.model
         states = (trained_state(model).values() for model in (self.averaged, self.model))
         self.means = list(zip(*states, strict=True))  # a mean, and what it follows
-        self.net, self.optimizer = a.prepare(self.model, self._optimizer())
+        t = experiment.train
+        rates = {"backbone.": t.backbone_lr, "clip_regularization.mlp3": t.lr * t.mlp3_lr, "": t.lr}
+        parts: dict[str, list[Tensor]] = {part: [] for part in rates}
+        for name, p in self.model.named_parameters():
+            if p.requires_grad:
+                parts[next(part for part in rates if name.startswith(part))].append(p)
+        groups = [{"params": parts[n], "lr": r, "full_lr": r} for n, r in rates.items() if parts[n]]
+        optimizer = torch.optim.AdamW(groups, weight_decay=t.weight_decay, fused=True)
+        self.net, self.optimizer = a.prepare(self.model, optimizer)
         names = {"group_size", "class_sampling", "paired", "absent", "flip", "crop"}
         how = {"groups": d.groups * a.num_processes, "seed": experiment.seed}
         self.sampler = GroupSampler(self.data, **d.model_dump(include=names), **how)
@@ -135,16 +143,6 @@ class Trainer:
         self.state["machines"] = []  # the last of them is this one
         self.log: list[dict[str, float]] = []  # the lines of `metrics.jsonl`
         self.since: list[dict[str, Tensor]] = []  # losses since the last of them
-
-    def _optimizer(self) -> torch.optim.Optimizer:
-        t = self.experiment.train
-        rates = {"backbone.": t.backbone_lr, "clip_regularization.mlp3": t.lr * t.mlp3_lr, "": t.lr}
-        parts: dict[str, list[Tensor]] = {part: [] for part in rates}
-        for name, p in self.model.named_parameters():
-            if p.requires_grad:
-                parts[next(part for part in rates if name.startswith(part))].append(p)
-        groups = [{"params": parts[n], "lr": r, "full_lr": r} for n, r in rates.items() if parts[n]]
-        return torch.optim.AdamW(groups, weight_decay=t.weight_decay, fused=True)
 
     def fit(self, stop_at: int | None = None) -> dict[str, Any]:
         """Train from the checkpoint, if there is one, to the last step, or to `stop_at`.
