@@ -92,7 +92,7 @@ def teaser(folder: Path) -> Path:
     for n, (name, chosen) in enumerate(TEASER.items()):
         files = sorted((EXAMPLES / name).glob("*.jpg"))
         left = 0.36 + n * (4 * (cell + gap) + 0.2)
-        middle, count = left + 2 * (cell + gap), f"a set of {len(files)} photographs"
+        middle, count = left + 2 * (cell + gap), f"{len(chosen)} of a set of {len(files)}"
         write(figure, middle, 3.8, count, 10.5, color=SOFT)
         found = {Path(r.source).stem: r for r in cosegment(files)}
         for c, stem in enumerate(chosen):

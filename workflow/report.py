@@ -16,6 +16,8 @@ from lcco.config import load_profile, profile_names
 from lcco.experiment.tables import PRINTED, Table, label, paired, paper_table
 from lcco.store import read_json, write_text
 
+PRINTED_ROWS = "as printed"  # the protocol of the rows that quote the paper's Table 1
+
 
 def results_readme(folder: Path) -> Path:
     """Write a results folder's README.md: its tables with their figures, machines, time."""
@@ -23,7 +25,9 @@ def results_readme(folder: Path) -> Path:
     captions = {png.stem: caption(png) for png in sorted(folder.glob("*.png"))}
     order = {t: figures.split() for t, figures in paper_table("order").to_numpy()}
     beside = {t.name: order.get(t.name, [t.name]) for t in tables}
-    rest = [c for c in captions if not any(c in own for own in beside.values())]
+    # Notebooks that show Table 1's runs show its learning curves again.
+    own = {figure for figures in beside.values() for figure in figures}
+    rest = [c for c in captions if c not in own and not c.startswith("curves_")]
     runs = trainings({name: run for t in tables for name, run in t.runs.items()})
     return _page(
         folder / "README.md", "profile.md", name=folder.name, about=_about(folder.name),
@@ -34,16 +38,19 @@ def results_readme(folder: Path) -> Path:
 
 
 def results_index(results: Path) -> Path:
-    """Write results/README.md: J of all profiles beside each other, and what the paper prints."""
+    """Write results/README.md: a part for each profile, by its first protocol, and the paper's."""
     folders = [f for f in sorted(Path(results).iterdir()) if any(f.glob("*.records.json"))]
     profiles = {f.name: _about(f.name) for f in folders if f.name != "smoke"}
     written, tables = [t for p in profiles for t in written_tables(Path(results) / p)], []
     for name in paper_table("order")["table"]:
         if own := [t for t in written if t.name == name and "J" in t.values]:
-            rows = pd.concat([t.rows for t in own], ignore_index=True)
-            where = rows["profile"] + ", " + rows[own[0].columns].map(label)
-            first = own[0].title, own[0].index, "where", ("J",), own[0].block
-            tables.append(Table(name, rows.assign(where=where), *first))
+            printed = own[0].rows[own[0].rows["protocol"] == PRINTED_ROWS]
+            parts = [t.rows[t.rows["protocol"] == t.rows["protocol"].iloc[0]] for t in own]
+            parts = [rows.assign(numbers=f"of {rows['profile'].iloc[0]}") for rows in parts]
+            rows = pd.concat([*parts, printed.assign(numbers=PRINTED_ROWS)], ignore_index=True)
+            index = [column for column in own[0].index if column != "uses_class_labels"]
+            how = {"columns": own[0].columns, "values": ("P", "J"), "block": "numbers"}
+            tables.append(Table(name, rows, own[0].title, index, **how))
     return _page(Path(results) / "README.md", "results.md", profiles=profiles, tables=tables)
 
 

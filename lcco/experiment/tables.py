@@ -234,10 +234,11 @@ class Table:
         per = done.groupby([*self.index, "test_set", "protocol"], dropna=False)["seed"].nunique()
         named = {how: [n for n, r in trained.items() if true(r)] for how, true in CAUTIONS.items()}
         cautions = {how: done["row"][done["run"].isin(names)] for how, names in named.items()}
+        slips = paper_table("footnotes").query(f"table == '{self.name}'")
         text = TEMPLATES.get_template("notes.jinja").render(
             table=self, measured=done, done=done if self.unit else done[:0], cautions=cautions,
             absent=self.rows["status"].replace([MEASURED, QUOTED], None).dropna().unique(),
-            slips=paper_table("footnotes").query(f"table == '{self.name}'")["note"],
+            slips=slips.loc[slips["test_set"].isin(["", *done["test_set"]]), "note"],
             bold=any("**" in part.to_string() for part in self.parts.values()),
             counts=done.groupby("test_set", sort=False)["images"].agg(["min", "max"]).dropna(),
             chose=done["test_set"][chose].unique(), fewest=per.min(), label=label, few=few,
