@@ -6,6 +6,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from copy import copy, deepcopy
 from dataclasses import dataclass, field, replace
 from itertools import count, pairwise
 from pathlib import Path
@@ -18,7 +19,7 @@ from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 from lcco import __version__
-from lcco.backbones import tensors_digest
+from lcco.backbones import fold_norms, tensors_digest
 from lcco.common import LCCoError, digest, few, file_digest, one_line
 from lcco.data.pictures import is_system, listing, picture_size, pictures_in, read_picture, to_rgb
 from lcco.data.sets import CoSegData, threaded
@@ -148,8 +149,13 @@ def cosegment(images: Sequence[Picture] | Picture, *, weights: Path | str | Pred
 
 
 def load_segmenter(weights: Path | str | None = None) -> Predictor:
-    """The model of a file or a run (default: the shipped one)."""
-    return load_model(open_run(weights or "shipped").weights)
+    """The model of a file or a run (default: the shipped one), to be used, not trained."""
+    predictor = load_model(open_run(weights or "shipped").weights)
+    tower = predictor.features.tower = copy(predictor.features.tower)  # others keep theirs
+    tower._net = deepcopy(tower._net)
+    for net in (predictor.features.backbone, tower._net):
+        fold_norms(net)
+    return predictor
 
 
 def _segment(predictor: Predictor, results: list[Result], cls: str | None, keep: bool) -> None:
@@ -310,7 +316,7 @@ def cosegment_folder(sources: Iterable[Path | str] | Path | str, out: Path | str
             if record["complete"]:
                 print(f"{folder}: is complete; nothing to do", file=sys.stderr)
             else:
-                weights = weights if isinstance(weights, Predictor) else load_model(file)
+                weights = weights if isinstance(weights, Predictor) else load_segmenter(file)
                 how = {"cls": cls, "threshold": threshold, "keep_all": keep_all}
                 results = cosegment(files, weights=weights, **how)
                 _write(folder, record, results, background)

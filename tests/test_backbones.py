@@ -11,6 +11,7 @@ from torch import nn
 from lcco import backbones
 from lcco.backbones import (
     classifier,
+    fold_norms,
     make_backbone,
     read_about,
     read_tensors,
@@ -270,3 +271,25 @@ def test_torchvisions_own_files_give_its_maps(tmp_path):
         want = net(backbone.normalise(x))
         got = net.fc(backbone(x)[3].mean((2, 3)))
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "efficientnet_lite2", "glyphnet"])
+def test_folded_norms_change_nothing_but_rounding(name):
+    torch.manual_seed(0)
+    net = make_backbone(name, None, 4)
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):  # as trained ones are
+            torch.nn.init.normal_(module.bias, std=0.2)
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            module.running_mean.normal_(std=0.2)
+            module.running_var.uniform_(0.5, 1.5)
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        before = net(images)
+        count = sum(isinstance(m, torch.nn.BatchNorm2d) for m in net.modules())
+        fold_norms(net)
+        after = net(images)
+    left = sum(isinstance(m, torch.nn.BatchNorm2d) for m in net.modules())
+    assert left <= 1 < count  # a deep stem's first norm follows a block, not a convolution
+    for a, b in zip(before, after, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(a.abs().max()))

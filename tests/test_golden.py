@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from lcco.backbones import make_backbone, read_tensors
+from lcco.backbones import make_backbone, model_file, read_tensors
 from lcco.common import digest
 from lcco.config import Experiment
 from lcco.data import GroupSampler, load_data
 from lcco.data.glyphworld import glyphworld
 from lcco.experiment.evaluate import evaluate_all, evaluate_choice
-from lcco.experiment.predictor import read_experiment
+from lcco.experiment.predictor import load_model, read_experiment
 from lcco.experiment.runs import get_run
 from lcco.experiment.train import Trainer
 from lcco.model import LCCo
@@ -127,7 +127,8 @@ def test_shipped_weights_give_the_same_masks():
     from lcco.cosegmentation import cosegment
 
     gold, world = GOLD["shipped"], glyphworld("test", 3, size=384)
-    found = cosegment([world.image(i) for i in world.groups[gold["class"]]])
+    pictures = [world.image(i) for i in world.groups[gold["class"]]]
+    found = cosegment(pictures, weights=load_model(model_file("shipped")))
     masks = np.stack([r.mask for r in found])
     assert [w for w, _ in found[0].words] == gold["words"]
     assert masks.mean(axis=(1, 2)) == pytest.approx(gold["share"], abs=1e-4)
@@ -137,6 +138,8 @@ def test_shipped_weights_give_the_same_masks():
     assert (maps**2).mean(axis=(1, 2)) == pytest.approx(gold["squares"], abs=tolerance)
     if SAME:
         assert sha(masks.tobytes()) == gold["own_size_masks"]
+    folded = np.stack([r.probability for r in cosegment(pictures)])  # as people use it
+    assert 0 < np.abs(folded - maps).max() < 1e-4
 
 
 # -------------------------------------------------------------------------------------- trainings
