@@ -109,10 +109,7 @@ def classifier(name: str, weights: str | None) -> nn.Module:
 
 
 def fold_norms(net: nn.Module) -> None:
-    """Fold batch norms into the convolutions before them: for use alone, a fifth of its time less.
-
-    Outputs stay as they were but for rounding.
-    """
+    """Fold each batch norm into the convolution before it, for inference: only rounding changes."""
     for parent in list(net.modules()):
         for (conv, before), (name, norm) in pairwise(list(parent.named_children())):
             if isinstance(before, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):

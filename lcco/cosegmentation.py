@@ -6,7 +6,6 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from copy import copy, deepcopy
 from dataclasses import dataclass, field, replace
 from itertools import count, pairwise
 from pathlib import Path
@@ -27,7 +26,7 @@ from lcco.experiment.figures import overlay
 from lcco.experiment.predictor import Predictor, load_model
 from lcco.experiment.runs import open_run
 from lcco.metrics import resize_map
-from lcco.semantics import Colour, painted, target_word
+from lcco.semantics import Colour, make_tower, painted, target_word
 from lcco.store import atomic_path, lock, read_json, write_json, write_text
 
 Picture = str | Path | Image.Image | np.ndarray
@@ -151,9 +150,9 @@ def cosegment(images: Sequence[Picture] | Picture, *, weights: Path | str | Pred
 def load_segmenter(weights: Path | str | None = None) -> Predictor:
     """The model of a file or a run (default: the shipped one), to be used, not trained."""
     predictor = load_model(open_run(weights or "shipped").weights)
-    tower = predictor.features.tower = copy(predictor.features.tower)  # others keep theirs
-    tower._net = deepcopy(tower._net)
-    for net in (predictor.features.backbone, tower._net):
+    f = predictor.features
+    f.tower = make_tower(predictor.experiment.tower, f.device)  # trained models share the other
+    for net in (f.backbone, f.tower._net):
         fold_norms(net)
     return predictor
 
@@ -299,8 +298,7 @@ def cosegment_folder(sources: Iterable[Path | str] | Path | str, out: Path | str
     """
     file = None if isinstance(weights, Predictor) else open_run(weights or "shipped").weights
     about = {"threshold": threshold, "class": cls, "background": background, "keep_all": keep_all}
-    own = None if file else tensors_digest(weights.model.state_dict())
-    about["weights"] = own or file_digest(file, 64)
+    about["weights"] = file_digest(file, 64) if file else tensors_digest(weights.model.state_dict())
     if background not in (None, "white", "blur"):
         about["background"] = f"{background} {digest(read_picture(background).tobytes())}"
     sources = [sources] if isinstance(sources, (str, Path)) else sources

@@ -280,8 +280,7 @@ def test_readme_is_short_before_the_details_and_its_numbers_are_the_committed_ro
     import readme_table
 
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    words = [word for word in text.partition("\n---\n")[0].split() if re.search(r"\w", word)]
-    assert len(words) <= 1200, "the bars of a table are no words"
+    assert len(text.partition("\n---\n")[0].split()) <= 1250
     assert readme_table.filled(text) == text, "run scripts/readme_table.py"
 
 

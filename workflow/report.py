@@ -13,10 +13,8 @@ from PIL import Image
 
 from lcco.common import LCCoError, duration
 from lcco.config import load_profile, profile_names
-from lcco.experiment.tables import PRINTED, Table, label, paired, paper_table
+from lcco.experiment.tables import PRINTED, QUOTED, Table, label, paired, paper_table
 from lcco.store import read_json, write_text
-
-PRINTED_ROWS = "as printed"  # the protocol of the rows that quote the paper's Table 1
 
 
 def results_readme(folder: Path) -> Path:
@@ -44,10 +42,10 @@ def results_index(results: Path) -> Path:
     written, tables = [t for p in profiles for t in written_tables(Path(results) / p)], []
     for name in paper_table("order")["table"]:
         if own := [t for t in written if t.name == name and "J" in t.values]:
-            printed = own[0].rows[own[0].rows["protocol"] == PRINTED_ROWS]
+            printed = own[0].rows[own[0].rows["status"] == QUOTED]
             parts = [t.rows[t.rows["protocol"] == t.rows["protocol"].iloc[0]] for t in own]
             parts = [rows.assign(numbers=f"of {rows['profile'].iloc[0]}") for rows in parts]
-            rows = pd.concat([*parts, printed.assign(numbers=PRINTED_ROWS)], ignore_index=True)
+            rows = pd.concat([*parts, printed.assign(numbers="as printed")], ignore_index=True)
             index = [column for column in own[0].index if column != "uses_class_labels"]
             how = {"columns": own[0].columns, "values": ("P", "J"), "block": "numbers"}
             tables.append(Table(name, rows, own[0].title, index, **how))
