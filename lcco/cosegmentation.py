@@ -74,10 +74,15 @@ class Result:
         return resize_map(self.probability, self.size[::-1]) > self.threshold
 
     @property
-    def confidence(self) -> float:
-        """Mean probability inside the mask × agreement, in 0..1; 0 without a mask."""
+    def certainty(self) -> float:
+        """Mean probability inside the mask, in 0..1; 0 without a mask."""
         inside = () if self.error else self.probability[self.probability > self.threshold]
-        return float(np.mean(inside)) * self.agreement if len(inside) else 0.0
+        return float(np.mean(inside)) if len(inside) else 0.0
+
+    @property
+    def confidence(self) -> float:
+        """Certainty × agreement, in 0..1; 0 without a mask."""
+        return self.certainty * self.agreement
 
     def cutout(self, background: str | Path | None = None) -> Image.Image | None:
         """The object alone: RGBA, or before `white`, the blurred picture (`blur`), or a picture."""
@@ -196,31 +201,36 @@ def _agreement(logits: torch.Tensor) -> torch.Tensor:
 def _lacking(predictor, pictures, results, S, cls) -> torch.Tensor:
     """Which pictures [n] seem to lack what the others share, or the class that was asked for.
 
-    Evidence: the words of the picture and of two views of its object; how alike the objects are.
+    Evidence: the words of the picture and of its object; how alike the objects, how sure the masks.
     """
     tower, scale = predictor.features.tower, predictor.features.tower.logit_scale
-    pairs = zip(pictures, results, strict=True)
-    views = zip(*(_views(picture, result, tower.mean) for picture, result in pairs), strict=True)
-    objects = [tower.encode_images(view) for view in views]  # [n, D] each, of unit norm
-    S = (S.cpu(), *(E @ predictor.vocabulary.embeddings.T for E in objects))  # [n, P] each
-    logits = [scale * s for s in S]
+
+    def look(ground: Colour | None = None) -> torch.Tensor:
+        found = zip(pictures, results, strict=True)
+        return tower.encode_images(_object(*one, ground) for one in found)  # [n, D] of unit norm
+
+    E, text = look(), predictor.vocabulary.embeddings.T
+    logits = [scale * S.cpu(), scale * E @ text]  # [n, P] each
     if cls is not None:
+        logits.append(scale * look(tower.mean) @ text)
         word = predictor.vocabulary.nearest(cls, tower)
         return torch.stack(logits).softmax(-1)[..., word].amax(0) < LACKS_CLASS
-    evidence = sum(_agreement(s).log() for s in logits)
-    evidence = evidence + 5 * sum((E @ E.sum(0) - 1) / (len(E) - 1) for E in objects)
+    alike = (E @ E.sum(0) - 1) / (len(E) - 1)  # [n]
+    sure = torch.tensor([r.certainty for r in results])
+    evidence = sum(_agreement(s).log() for s in logits) + 10 * (alike + sure)
     middle = evidence.median()
     return (evidence < middle) & (evidence - middle / 2 < LACKS)
 
 
-def _views(picture: Image.Image, result: Result, ground: Colour) -> list[Image.Image]:
-    """A picture's object in its box, a tenth larger, as it is and with all else painted over."""
+def _object(picture: Image.Image, result: Result, ground: Colour | None) -> Image.Image:
+    """A picture's object in its box, a tenth larger; before `ground`, if that is given."""
     mask = resize_map(result.probability, picture.size[::-1]) > result.threshold
     x, y, x1, y1 = Image.fromarray(mask).getbbox() or (0, 0, *picture.size)
     dx, dy = (x1 - x) // 10, (y1 - y) // 10
-    box = slice(max(0, y - dy), y1 + dy), slice(max(0, x - dx), x1 + dx)
-    shown = picture, painted(picture, mask, "mean", ground) if mask.any() else picture
-    return [Image.fromarray(np.asarray(one)[box]) for one in shown]
+    if ground and mask.any():
+        picture = painted(picture, mask, "mean", ground)
+    box = np.clip((x - dx, y - dy, x1 + dx, y1 + dy), 0, picture.size * 2)
+    return picture.crop(box.tolist())
 
 
 @torch.no_grad()

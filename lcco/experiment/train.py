@@ -238,7 +238,8 @@ class Trainer:
         self.state["step"] += 1
         if e.train.ema:
             self._average()
-        return {k: v.detach() for k, v in {"loss": loss, **parts}.items()}
+        loss = a.reduce(loss.detach(), "mean")  # over the processes; the parts are this one's
+        return {"loss": loss} | {k: v.detach() for k, v in parts.items()}
 
     @torch.no_grad()
     def _average(self) -> None:
