@@ -23,7 +23,7 @@ TABLES = {
     "01_main_results": ["table1_main", "choice"], "02_component_ablation": ["table2_components"],
     "03_loss_ablation": ["table3_losses"], "04_k_sweep": ["table4_k", "table4_k_test_time"],
     "05_more_images": ["more_images"], "06_foundation_models": ["table5_foundation"],
-    "07_feature_regularization": ["fig3_norms"], "08_cost": ["cost"],
+    "07_feature_regularization": ["fig3_norms"], "08_cost": ["cost", "large_sets"],
     "09_interpretations": ["interpretations"],
     "10_what_fails": ["per_class", "words", "mixed_sets"],
 }  # fmt: skip
