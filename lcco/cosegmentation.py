@@ -74,15 +74,10 @@ class Result:
         return resize_map(self.probability, self.size[::-1]) > self.threshold
 
     @property
-    def certainty(self) -> float:
-        """Mean probability inside the mask, in 0..1; 0 without a mask."""
-        inside = () if self.error else self.probability[self.probability > self.threshold]
-        return float(np.mean(inside)) if len(inside) else 0.0
-
-    @property
     def confidence(self) -> float:
-        """Certainty × agreement, in 0..1; 0 without a mask."""
-        return self.certainty * self.agreement
+        """Mean probability inside the mask × agreement, in 0..1; 0 without a mask."""
+        inside = () if self.error else self.probability[self.probability > self.threshold]
+        return float(np.mean(inside)) * self.agreement if len(inside) else 0.0
 
     def cutout(self, background: str | Path | None = None) -> Image.Image | None:
         """The object alone: RGBA, or before `white`, the blurred picture (`blur`), or a picture."""
@@ -216,7 +211,7 @@ def _lacking(predictor, pictures, results, S, cls) -> torch.Tensor:
         word = predictor.vocabulary.nearest(cls, tower)
         return torch.stack(logits).softmax(-1)[..., word].amax(0) < LACKS_CLASS
     alike = (E @ E.sum(0) - 1) / (len(E) - 1)  # [n]
-    sure = torch.tensor([r.certainty for r in results])
+    sure = torch.tensor([r.confidence / r.agreement for r in results])  # inside its mask
     evidence = sum(_agreement(s).log() for s in logits) + 10 * (alike + sure)
     middle = evidence.median()
     return (evidence < middle) & (evidence - middle / 2 < LACKS)

@@ -177,7 +177,7 @@ MUTANTS = {
         ("if e.train.clip:", "if False:"),
         ("* learning_rate(e, self.state[\"step\"])", "* learning_rate(e, 0)"),
         ("weight_decay=t.weight_decay", "weight_decay=0.0"),
-        ("lots < share", "lots >= share"),
+        ("true.where(given < 0, -1)", "true"),
         ('"target": batch["given"]', '"target": batch["true"]'),
         ("zero_grad(set_to_none=True)", "param_groups"),
         ("/ (9 + n))", "/ 1)"),

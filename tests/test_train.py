@@ -17,6 +17,7 @@ from lcco.backbones import model_file, read_about, read_tensors
 from lcco.common import LCCoError
 from lcco.config import Experiment, load_profile
 from lcco.data import Draw, load_data
+from lcco.experiment.plan import BASELINE
 from lcco.experiment.predictor import (
     Predictor,
     load_model,
@@ -241,24 +242,28 @@ def test_half_precision_is_for_the_steps_alone(base, tmp_path):
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], abs=0.05)
 
 
-def test_the_class_is_given_to_a_share_of_the_groups(base, tmp_path):
-    """And what is drawn stays what it was without."""
-    told = []
-    e = base.replace({"data.given": 0.3, "data.groups": 8, "loss.v_gt": "name"})
-    one, other = Trainer(e, tmp_path / "a"), Trainer(e.replace({"data.given": 0.0}), tmp_path / "b")
-    hook = lambda net, args, kwargs: told.append(kwargs["target"])  # noqa: E731
-    one.model.register_forward_pre_hook(hook, with_kwargs=True)
-    for step in range(12):
-        batch = one.batch(step)
-        assert torch.equal(batch["embeddings"], other.batch(step)["embeddings"])
+def test_given_groups_tell_the_network_their_class(tmp_path):
+    """Their truth is that class alone, and L_c leaves them out: the pictures cannot tell it."""
+    two = drawn.voc(tmp_path)  # pictures of a dog or a horse, and a person
+    told = {"data.train": [str(two)], "data.given": 0.5, "data.groups": 8}
+    told |= {"tower.vocabulary": "coco80"}
+    for v_gt in ("name", "tower"):
+        one = Trainer(tiny.experiment(tmp_path, **told, **{"loss.v_gt": v_gt}), tmp_path / v_gt)
+        batch, draws = one.batch(0), one.sampler.draws(0)
+        given = torch.tensor([draw.given for draw in draws])
+        assert 0 < given.sum() < 8
+        assert torch.equal(batch["given"] >= 0, given) and (batch["true"][given] == -1).all()
+        words = [one.vocabulary.words[i] for i in batch["given"][given]]
+        assert words == [draw.classes[0] for draw in draws if draw.given]
+        seen = []
+        hook = lambda net, args, kwargs: seen.append(kwargs["target"])  # noqa: E731
+        one.model.register_forward_pre_hook(hook, with_kwargs=True)
         one.step(batch)
-        given = told[-1] >= 0
-        assert torch.equal(told[-1][given], batch["true"][given])
-    share = torch.stack(told).ge(0).float().mean()
-    assert 0.15 < share < 0.45
-    other.model.register_forward_pre_hook(hook, with_kwargs=True)
-    other.step(other.batch(0))
-    assert told[-1] is None
+        assert torch.equal(seen[0], batch["given"])
+    for name, without in (("plain", {"data.given": 0.0}), ("deaf", BASELINE)):
+        other = Trainer(tiny.experiment(tmp_path, **told | without), tmp_path / name)
+        assert other.batch(0)["given"] is None
+        assert not any(draw.given for draw in other.sampler.draws(0))
 
 
 def test_logged_losses_are_means_since_the_line_before(base, tmp_path):

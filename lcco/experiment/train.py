@@ -8,7 +8,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from importlib import metadata
@@ -82,8 +82,7 @@ def learning_rate(experiment: Experiment, step: int) -> float:
 def v_gt_source(experiment: Experiment) -> str | None:
     """Who names the true class, "tower" or "name"; None where nothing needs to know it."""
     e = experiment
-    needed = (e.model.clip_regularization and e.loss.lambda_c) or e.data.given
-    return e.loss.v_gt if needed else None
+    return e.loss.v_gt if e.model.clip_regularization and e.loss.lambda_c else None
 
 
 def holdout_score(predict: Predictor, data: CoSegData, group_size: int) -> float:
@@ -135,9 +134,12 @@ class Trainer:
         groups = [{"params": parts[n], "lr": r, "full_lr": r} for n, r in rates.items() if parts[n]]
         optimizer = torch.optim.AdamW(groups, weight_decay=t.weight_decay, fused=True)
         self.net, self.optimizer = a.prepare(self.model, optimizer)
-        names = {"group_size", "class_sampling", "paired", "absent", "flip", "crop"}
+        names = {"group_size", "class_sampling", "paired", "absent", "given", "flip", "crop"}
         how = {"groups": d.groups * a.num_processes, "seed": experiment.seed}
-        self.sampler = GroupSampler(self.data, **d.model_dump(include=names), **how)
+        how |= d.model_dump(include=names)
+        if not (experiment.model.clip_interaction or experiment.model.clip_regularization):
+            how["given"] = 0.0  # it cannot be told anything
+        self.sampler = GroupSampler(self.data, **how)
         self.learned = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self.state: dict[str, Any] = {"step": 0, "best": -1.0, "best_step": 0, "seconds": 0.0}
         self.state["machines"] = []  # the last of them is this one
@@ -194,20 +196,22 @@ class Trainer:
         images, maps = f.visual(self.data, items, flips, crops)
         truths = [f.truth(self.data, *p, crop) for p, crop in zip(pairs, crops, strict=True)]
         truths = [t[:, ::-1] if flip else t for t, flip in zip(truths, flips, strict=True)]
-        true = None
-        if source == "name":  # −1: no such word, or a group that shares several classes
-            single = [d.classes[0] if len(d.classes) == 1 else "" for d in draws]
-            words = [target_word(name, self.vocabulary.words) for name in single]
-            true = torch.tensor([-1 if word is None else word for word in words])
+
+        def named(those: Iterable[bool]) -> Tensor:
+            """The word of each group's class, of those; −1: no such word."""
+            words = [target_word(d.classes[0], self.vocabulary.words) if one else None
+                     for d, one in zip(draws, those, strict=True)]  # fmt: skip
+            return torch.tensor([-1 if word is None else word for word in words])
+
+        true, given = None, named(d.given for d in draws) if self.sampler.given else None
+        if source == "name":
+            true = named(len(d.classes) == 1 for d in draws)
         elif source == "tower":
             masked = f.masked(self.data, pairs, self.experiment.loss.mask_background)
             masked, every = masked.unflatten(0, shape), torch.ones(1, 1, dtype=torch.bool)
             true = true_class(masked, self.vocabulary.embeddings, every)
-        given, share = None, self.experiment.data.given
-        if share:
-            lots = np.random.default_rng((2, self.experiment.seed, step)).random(self.sampler.n)
-            told = torch.from_numpy(lots < share)[a.process_index :: a.num_processes]
-            given = true.where(told, -1)
+        if given is not None and true is not None:
+            true = true.where(given < 0, -1)  # nothing in the pictures tells it
         return {
             "given": given, "images": None if images is None else images.unflatten(0, shape),
             "maps": maps and [m.unflatten(0, shape) for m in maps], "true": true,
