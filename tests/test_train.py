@@ -247,6 +247,8 @@ def test_given_groups_tell_the_network_their_class(tmp_path):
     two = drawn.voc(tmp_path)  # pictures of a dog or a horse, and a person
     told = {"data.train": [str(two)], "data.given": 0.5, "data.groups": 8}
     told |= {"tower.vocabulary": "coco80"}
+    seen = []
+    hook = lambda net, args, kwargs: seen.append(kwargs["target"])  # noqa: E731
     for v_gt in ("name", "tower"):
         one = Trainer(tiny.experiment(tmp_path, **told, **{"loss.v_gt": v_gt}), tmp_path / v_gt)
         batch, draws = one.batch(0), one.sampler.draws(0)
@@ -255,11 +257,9 @@ def test_given_groups_tell_the_network_their_class(tmp_path):
         assert torch.equal(batch["given"] >= 0, given) and (batch["true"][given] == -1).all()
         words = [one.vocabulary.words[i] for i in batch["given"][given]]
         assert words == [draw.classes[0] for draw in draws if draw.given]
-        seen = []
-        hook = lambda net, args, kwargs: seen.append(kwargs["target"])  # noqa: E731
         one.model.register_forward_pre_hook(hook, with_kwargs=True)
         one.step(batch)
-        assert torch.equal(seen[0], batch["given"])
+        assert torch.equal(seen[-1], batch["given"])
     for name, without in (("plain", {"data.given": 0.0}), ("deaf", BASELINE)):
         other = Trainer(tiny.experiment(tmp_path, **told | without), tmp_path / name)
         assert other.batch(0)["given"] is None
