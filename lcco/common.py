@@ -43,8 +43,7 @@ def digest(value: Any, length: int = 12) -> str:
     """A short sha256 of bytes, text or a JSON-able value; the same on every machine."""
     if not isinstance(value, (bytes, str)):
         value = json.dumps(value, sort_keys=True, separators=(",", ":"))
-    data = value.encode() if isinstance(value, str) else value
-    return hashlib.sha256(data).hexdigest()[:length]
+    return hashlib.sha256(value.encode() if isinstance(value, str) else value).hexdigest()[:length]
 
 
 def file_digest(path: Path, length: int = 12) -> str:

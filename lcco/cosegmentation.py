@@ -211,7 +211,8 @@ def _lacking(predictor, pictures, results, S, cls) -> torch.Tensor:
         word = predictor.vocabulary.nearest(cls, tower)
         return torch.stack(logits).softmax(-1)[..., word].amax(0) < LACKS_CLASS
     alike = (E @ E.sum(0) - 1) / (len(E) - 1)  # [n]
-    sure = torch.tensor([r.confidence / r.agreement for r in results])  # inside its mask
+    inside = [r.probability[r.probability > 0.5] for r in results]
+    sure = torch.tensor([float(p.mean()) if len(p) else 0.0 for p in inside])
     evidence = sum(_agreement(s).log() for s in logits) + 10 * (alike + sure)
     middle = evidence.median()
     return (evidence < middle) & (evidence - middle / 2 < LACKS)

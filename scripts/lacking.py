@@ -1,11 +1,12 @@
-"""Measure `cosegment` on sets of which one picture lacks the object, or that share nothing.
+"""Measure `cosegment` where a picture lacks the object, nothing is shared, or two things are.
 
     python scripts/lacking.py [--data voc_val] [--sets 100] [--size 5] [--seed 0] [--weights FILE]
 
 Prints, with the second look and without it (`keep_all`), asked for the class or not: how many of
 the pictures without the object get a mask (false alarms), and the mean J of those that have it;
-then of how many sets it is said that they share no clear object. This is what the thresholds
-COMMON, LACKS and LACKS_CLASS of `lcco.cosegmentation` are judged by.
+then of how many sets it is said that they share no clear object; then, on single pictures that hold
+two classes, the mean J of each of the two, asked for it or not. This is what the thresholds COMMON,
+LACKS and LACKS_CLASS of `lcco.cosegmentation` and the setting `data.given` are judged by.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import pandas as pd
 from lcco.common import LCCoError, progress
 from lcco.cosegmentation import COMMON, EMPTY, cosegment, load_segmenter
 from lcco.data import CoSegData, load_data
+from lcco.experiment.evaluate import LEAST
 from lcco.metrics import count
 
 
@@ -80,6 +82,22 @@ def shares(data: CoSegData, sets: int, size: int, seed: int, weights: str | None
     return pd.Series(found)
 
 
+def within(data: CoSegData, sets: int, size: int, seed: int, weights: str | None) -> pd.Series:
+    """Mean J of two objects of one picture, each asked for or not; `sets` pictures."""
+    model, rows = load_segmenter(weights), []
+    shown = [{c for c in data.classes_of(i) if (data.mask(i, [c]) == 1).mean() >= LEAST}
+             for i in range(len(data))]  # fmt: skip
+    pictures = [i for i, classes in enumerate(shown) if len(classes) == 2]
+    rng = np.random.default_rng((seed, 2))
+    for i in progress(rng.permutation(pictures)[:sets].tolist(), "pictures of two classes"):
+        (free,) = cosegment(data.image(i), weights=model)
+        for c in sorted(shown[i]):
+            (asked,) = cosegment(data.image(i), weights=model, cls=c, keep_all=True)
+            truth = data.mask(i, [c])
+            rows.append([count(r.mask, truth).jaccard("one") for r in (asked, free)])
+    return (100 * pd.DataFrame(rows, columns=["asked for", "not asked for"]).mean()).round(1)
+
+
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -94,6 +112,8 @@ def main() -> int:
         print(measure(**options).to_string())
         print("\nsaid to share no clear object, %:")
         print(shares(**options).to_string())
+        print("\nJ of each of two objects in one picture:")
+        print(within(**options).to_string())
     except LCCoError as error:
         print(f"lacking: {error}", file=sys.stderr)
         return 2

@@ -15,15 +15,16 @@ import torch
 
 from lcco.backbones import make_backbone, model_file, read_tensors
 from lcco.common import digest
-from lcco.config import Experiment
+from lcco.config import Experiment, typed
 from lcco.data import GroupSampler, load_data
 from lcco.data.glyphworld import glyphworld
 from lcco.experiment.evaluate import evaluate_all, evaluate_choice
-from lcco.experiment.predictor import load_model, read_experiment
+from lcco.experiment.predictor import load_model
 from lcco.experiment.runs import get_run
 from lcco.experiment.train import Trainer
 from lcco.model import LCCo
 
+OLD = {"temperature", "top", "heads", "halve_every", "checkpoint"}  # settings, now constants
 GOLD = json.loads(Path(__file__).with_name("golden.json").read_text())
 CPU = torch.backends.cpu.get_cpu_capability()
 SAME = GOLD["made_with"]["torch"] == torch.__version__ and GOLD["made_with"]["cpu"] == CPU
@@ -146,6 +147,9 @@ def test_shipped_weights_give_the_same_masks():
 def experiment(settings: dict, changes: dict) -> Experiment:
     """Settings of the old code: its `glyphworld_train:60` is now a name and a count."""
     settings, counts = json.loads(json.dumps(settings)), {}
+    for part in filter(lambda value: isinstance(value, dict), settings.values()):
+        for name in OLD & part.keys():
+            del part[name]
     for key, value in changes.items():
         part, name = key.split(".")
         settings[part][name] = value
@@ -154,7 +158,7 @@ def experiment(settings: dict, changes: dict) -> Experiment:
         settings["data"][key] = [name for name, _, _ in names]
         counts |= {name: int(n) for name, _, n in names if n}
     settings["data"]["counts"] = counts
-    return read_experiment(settings)
+    return typed(settings, Experiment)
 
 
 def train(experiment, folder, stop_at=None):

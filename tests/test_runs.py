@@ -145,7 +145,7 @@ def test_two_processes_train_one_model_together(base, tmp_path):
     """As `accelerate launch` does it: each takes its share of a step's groups.
 
     The curve is that of one process which takes all groups, but for the batch norms, whose
-    statistics are of a process's own share.
+    statistics are of a process's own share, and L_c, whose mean is over the groups told to it.
     """
     base = base.replace({"train.steps": 6})
     (tmp_path / "e.json").write_text(base.model_dump_json())

@@ -126,8 +126,8 @@ def test_only_what_is_told_decides_a_given_group() -> None:
         assert len(shown) >= 3 and len(frozenset.intersection(*shown)) == 2
     assert any(c not in TOY.classes_of(i) for d in given for c in d.classes for i in d.items)
     assert any(len(TOY.classes_of(i)) == 1 for d in draws if not d.given for i in d.items)
-    plain = _sampler(Toy(["a"] * 5 + ["b"] * 5), given=1.0).draws(0)
-    assert not any(draw.given for draw in plain)  # no picture of two classes anywhere
+    with pytest.raises(LCCoError, match="data.given needs a set with pictures of two classes"):
+        _sampler(Toy(["a"] * 5 + ["b"] * 5), given=0.5)
 
 
 def test_a_pair_that_cannot_be_mended_is_drawn_again() -> None:

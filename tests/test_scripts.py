@@ -112,6 +112,7 @@ def test_what_a_set_lacks_is_measured_with_cosegment_itself(monkeypatch, capsys)
 
     def cosegment(images, cls=None, keep_all=False, **_):
         """The whole picture is the object; a second look finds the last one out, if asked."""
+        images = images if isinstance(images, list) else [images]
         whole = np.ones((32, 32), np.float32)
         found = [Result("", x, size=x.size, probability=whole, agreement=0.1) for x in images]
         if cls and not keep_all:
@@ -128,11 +129,14 @@ def test_what_a_set_lacks_is_measured_with_cosegment_itself(monkeypatch, capsys)
     J = [np.mean([data.mask(i, [c]).mean() for i in items[:-1]]) for c, items in sets]
     assert found["J of the others"].tolist() == [round(100 * float(np.mean(J)), 1)] * 4
     assert lacking.shares(data, 3, 4, 0, None).tolist() == [100, 100]
+    asked, free = lacking.within(data, 5, 4, 0, None)
+    assert asked == 0 and 0 < free < 50  # a lone picture that is asked for is the last
 
     monkeypatch.setattr(lacking, "load_data", lambda name: data)
     monkeypatch.setattr(sys, "argv", ["lacking.py", "--sets", "1", "--size", "3"])
     assert lacking.main() == 0
     assert "false alarms" in (out := capsys.readouterr().out) and "share nothing" in out
+    assert "not asked for" in out
 
     monkeypatch.undo()
     monkeypatch.setattr(sys, "argv", ["lacking.py", "--data", "nowhere"])

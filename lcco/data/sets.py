@@ -114,8 +114,7 @@ class CoSegData:
 
     def overlap(self, other: "CoSegData") -> list[tuple[int, int]]:
         """(index here, index there) of every picture that both sets hold; kept on disk."""
-        stamp = digest([LOOKS, self.digest(), other.digest()], 16)
-        file = place("cache") / f"overlap-{stamp}.json"
+        file = place("cache") / f"overlap-{digest([LOOKS, self.digest(), other.digest()], 16)}.json"
         return [(i, j) for i, j in kept(file, lambda: near_pairs(self.hashes(), other.hashes()))]
 
     @cached_property

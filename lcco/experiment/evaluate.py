@@ -50,8 +50,7 @@ def evaluate_all(segment: Segmenter, data: CoSegData, protocols: Sequence[str],
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in chosen}
     found = scorer.maps([(members, label) for label, members, *_ in sets])
     for label, members, new, names in progress(sets, f"scoring {data.name}"):
-        pairs = zip(members[:new], next(found)[:new], strict=True)
-        for (i, values), name in product(pairs, names):
+        for (i, values), name in product(zip(members[:new], next(found)[:new], strict=True), names):
             counts, _ = scorer.compare(chosen[name], values, i, label)
             rows[name].append(chosen[name].row(data.keys[i], label, counts))
     ran = {name: sum(name in names for *_, names in sets) for name in chosen}

@@ -83,8 +83,7 @@ class Features:
 
         background: "zero", black, or "mean", the tower's mean colour.
         """
-        recipe = [data.identity(), self.tower.identity, background]
-        name = f"masked-{digest(recipe, 16)}.npy"
+        name = f"masked-{digest([data.identity(), self.tower.identity, background], 16)}.npy"
         if name not in self._objects:
             pairs_of = sorted((i, (c,)) for c, items in data.groups.items() for i in items)
             make = partial(self._embed_masked, data, background, pairs_of)

@@ -22,7 +22,6 @@ from lcco.store import atomic_path
 
 Set = tuple[Sequence[int], str | None]  # items, and their class
 AT_ONCE = 40  # pictures through the network at once, of small sets
-OLD = {"temperature", "top", "heads", "halve_every", "checkpoint"}  # settings, now constants
 
 
 def build_model(experiment: Experiment, features: Features, vocabulary: Vocabulary) -> LCCo:
@@ -92,13 +91,6 @@ def trained_on(experiment: Experiment) -> list[dict[str, Any]]:
     return out
 
 
-def read_experiment(tree: Mapping[str, Any]) -> Experiment:
-    """The experiment in a model file or record; what older ones name and is constant now goes."""
-    parts = {k: v for k, v in tree.items() if isinstance(v, Mapping)}
-    kept = {n: {k: v for k, v in part.items() if k not in OLD} for n, part in parts.items()}
-    return typed({**tree, **kept}, Experiment)
-
-
 def save_model(path: Path, state: Mapping[str, Tensor], experiment: Experiment, features: Features,
                vocabulary: Vocabulary, **about: Any) -> None:  # fmt: skip
     """Write a model file: tensors, and beside them what is needed to build the network again."""
@@ -116,7 +108,8 @@ def save_model(path: Path, state: Mapping[str, Tensor], experiment: Experiment, 
 
 def load_model(path: str | Path, **how: Any) -> Predictor:
     """The predictor in a model file. how: of `Predictor`. Raises: Missing without it; as `fill`."""
-    experiment = read_experiment(read_about(path)["experiment"])
+    with reading(path, "a model of this version of lcco"):
+        experiment = typed(read_about(path)["experiment"], Experiment)
     features = make_features(experiment)
     vocabulary = make_vocabulary(features.tower, experiment.tower)
     model = build_model(experiment, features, vocabulary)

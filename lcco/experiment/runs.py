@@ -16,12 +16,12 @@ import pandas as pd
 import torch
 from accelerate import PartialState
 
-from lcco.backbones import model_file, read_about
+from lcco.backbones import model_file, read_about, reading
 from lcco.common import LCCoError, Missing, digest, file_digest, place
-from lcco.config import TRAINING_VERSION, Experiment, Profile
+from lcco.config import TRAINING_VERSION, Experiment, Profile, typed
 from lcco.data import CoSegData, load_data
 from lcco.experiment.evaluate import Evaluation, evaluate_all
-from lcco.experiment.predictor import Predictor, load_model, read_experiment
+from lcco.experiment.predictor import Predictor, load_model
 from lcco.experiment.train import Trainer, environment, training_data
 from lcco.store import kept, lock, read_json, write_json
 
@@ -162,8 +162,7 @@ def _about(file: Path) -> dict[str, Any]:
     """What a record takes from a model file: settings, training sets, the frozen parts' hashes."""
     about = read_about(file)
     del about["words"]
-    own = {"trained_on": [about["experiment"]["data"]]}  # of older files
-    return own | about | {"weights": file.name, "weights_sha256": file_digest(file, 64)}
+    return about | {"weights": file.name, "weights_sha256": file_digest(file, 64)}
 
 
 def estimate(experiment: Experiment) -> dict[str, Any]:
@@ -189,7 +188,7 @@ def find_run(experiment: Experiment) -> Run | None:
 
 def _stored(path: Path) -> Run:
     record = read_json(path / "record.json")
-    return Run(path, read_experiment(record["experiment"]), record, path / record["weights"])
+    return Run(path, typed(record["experiment"], Experiment), record, path / record["weights"])
 
 
 def open_run(name: str | Path) -> Run:
@@ -201,7 +200,8 @@ def open_run(name: str | Path) -> Run:
     if str(name) == "shipped" or path.is_file():  # its scores are kept in the run store
         record = _about(file := model_file(str(name)))
         path = place("runs") / f"{file.stem}-{record['weights_sha256'][:10]}"
-        return Run(path, read_experiment(record["experiment"]), record, file)
+        with reading(file, "a model of this version of lcco"):
+            return Run(path, typed(record["experiment"], Experiment), record, file)
     if not path.is_dir():
         done = sorted(record.parent for record in place("runs").glob("*/record.json"))
         found = [p for p in done if p.name.startswith(str(name))]

@@ -8,7 +8,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from importlib import metadata
@@ -134,12 +134,10 @@ class Trainer:
         groups = [{"params": parts[n], "lr": r, "full_lr": r} for n, r in rates.items() if parts[n]]
         optimizer = torch.optim.AdamW(groups, weight_decay=t.weight_decay, fused=True)
         self.net, self.optimizer = a.prepare(self.model, optimizer)
-        names = {"group_size", "class_sampling", "paired", "absent", "given", "flip", "crop"}
-        how = {"groups": d.groups * a.num_processes, "seed": experiment.seed}
-        how |= d.model_dump(include=names)
-        if not (experiment.model.clip_interaction or experiment.model.clip_regularization):
-            how["given"] = 0.0  # it cannot be told anything
-        self.sampler = GroupSampler(self.data, **how)
+        names = {"group_size", "class_sampling", "paired", "absent", "flip", "crop"}
+        m, how = experiment.model, {"groups": d.groups * a.num_processes, "seed": experiment.seed}
+        how["given"] = d.given * (m.clip_interaction or m.clip_regularization)  # who can be told
+        self.sampler = GroupSampler(self.data, **d.model_dump(include=names), **how)
         self.learned = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self.state: dict[str, Any] = {"step": 0, "best": -1.0, "best_step": 0, "seconds": 0.0}
         self.state["machines"] = []  # the last of them is this one
@@ -196,22 +194,19 @@ class Trainer:
         images, maps = f.visual(self.data, items, flips, crops)
         truths = [f.truth(self.data, *p, crop) for p, crop in zip(pairs, crops, strict=True)]
         truths = [t[:, ::-1] if flip else t for t, flip in zip(truths, flips, strict=True)]
-
-        def named(those: Iterable[bool]) -> Tensor:
-            """The word of each group's class, of those; −1: no such word."""
-            words = [target_word(d.classes[0], self.vocabulary.words) if one else None
-                     for d, one in zip(draws, those, strict=True)]  # fmt: skip
-            return torch.tensor([-1 if word is None else word for word in words])
-
-        true, given = None, named(d.given for d in draws) if self.sampler.given else None
-        if source == "name":
-            true = named(len(d.classes) == 1 for d in draws)
+        true, given = None, None
+        if source == "name":  # −1: no such word, or a group that shares several classes
+            single = [d.classes[0] if len(d.classes) == 1 else "" for d in draws]
+            words = [target_word(name, self.vocabulary.words) for name in single]
+            true = torch.tensor([-1 if word is None else word for word in words])
         elif source == "tower":
             masked = f.masked(self.data, pairs, self.experiment.loss.mask_background)
             masked, every = masked.unflatten(0, shape), torch.ones(1, 1, dtype=torch.bool)
             true = true_class(masked, self.vocabulary.embeddings, every)
-        if given is not None and true is not None:
-            true = true.where(given < 0, -1)  # nothing in the pictures tells it
+        if self.sampler.given:  # −1: not told; L_c leaves the others out, no picture tells it
+            near = self.vocabulary.nearest
+            given = torch.tensor([near(d.classes[0], f.tower) if d.given else -1 for d in draws])
+            true = true if true is None else true.where(given < 0, -1)
         return {
             "given": given, "images": None if images is None else images.unflatten(0, shape),
             "maps": maps and [m.unflatten(0, shape) for m in maps], "true": true,
@@ -242,7 +237,7 @@ class Trainer:
         self.state["step"] += 1
         if e.train.ema:
             self._average()
-        loss = a.reduce(loss.detach(), "mean")  # over the processes; the parts are this one's
+        loss = a.reduce(loss.detach(), "mean")  # of all processes; the parts are this one's
         return {"loss": loss} | {k: v.detach() for k, v in parts.items()}
 
     @torch.no_grad()
