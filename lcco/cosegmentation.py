@@ -34,13 +34,11 @@ Record = dict[str, Any]  # a result.json, or what it says of a picture
 
 AT_ONCE = 64  # pictures in one part of a large set: ISFC compares every two of them
 EMPTY = 0.001  # a mask below this share of the picture is no object
-# By scripts/lacking.py --seed 7, with the shipped weights on voc_val, in sets of 5:
-# A set whose pictures agree less is said to share nothing: 63% of those without a class in common,
-# and 7% of real ones.
-COMMON = 0.14
-# A picture of less evidence (of a given class: less probability) is said to lack it: false alarms
-# fall from 97 to 60% (51%), and J on the set's others by 0.8 (1.2).
-LACKS, LACKS_CLASS = -3.0, 0.004
+# By scripts/lacking.py, with the shipped weights on voc_val, in sets of 5: a set whose pictures
+# agree less is said to share nothing (63% of those without a class in common, 7% of real ones), a
+# picture of less evidence (of a given class: less probability) to lack it: false alarms fall from
+# 97 to 25%, and J on the set's others by 2.
+COMMON, LACKS, LACKS_CLASS = 0.14, 4.9, 0.009
 KINDS = {"mask": "masks/{}.png", "cutout": "cutouts/{}.png", "overlay": "overlays/{}.jpg"}
 TOOL, PAGE = "lcco cosegment", Path(__file__).with_name("gallery.html.jinja")
 MADE = ("masks", "cutouts", "overlays", "contact_sheet.jpg", "index.html", "result.json")
@@ -225,8 +223,7 @@ def _object(picture: Image.Image, result: Result, ground: Colour | None) -> Imag
     dx, dy = (x1 - x) // 10, (y1 - y) // 10
     if ground and mask.any():
         picture = painted(picture, mask, "mean", ground)
-    box = np.clip((x - dx, y - dy, x1 + dx, y1 + dy), 0, picture.size * 2)
-    return picture.crop(box.tolist())
+    return picture.crop(np.clip((x - dx, y - dy, x1 + dx, y1 + dy), 0, picture.size * 2).tolist())
 
 
 @torch.no_grad()

@@ -3,10 +3,11 @@
     python scripts/lacking.py [--data voc_val] [--sets 100] [--size 5] [--seed 0] [--weights FILE]
 
 Prints, with the second look and without it (`keep_all`), asked for the class or not: how many of
-the pictures without the object get a mask (false alarms), and the mean J of those that have it;
-then of how many sets it is said that they share no clear object; then, on single pictures that hold
-two classes, the mean J of each of the two, asked for it or not. This is what the thresholds COMMON,
-LACKS and LACKS_CLASS of `lcco.cosegmentation` and the setting `data.given` are judged by.
+the pictures without the object get a mask (false alarms), the mean J of those that have it, and how
+many of these get no mask; then of how many sets it is said that they share no clear object; then,
+on single pictures that hold two classes, the mean J of each of the two, asked for it or not. This
+is what the thresholds COMMON, LACKS and LACKS_CLASS of `lcco.cosegmentation` and the setting
+`data.given` are judged by.
 """
 
 from __future__ import annotations
@@ -60,8 +61,9 @@ def measure(data: CoSegData, sets: int, size: int, seed: int, weights: str | Non
                 *masks, alarm = [r.mask & (r.mask.mean() >= EMPTY) for r in results]
                 truths = [data.mask(i, [c]) for i in items[:-1]]
                 J = [count(m, t).jaccard("one") for m, t in zip(masks, truths, strict=True)]
-                rows.append((asked is not None, second_look, alarm.any(), np.mean(J)))
-    names = ["class given", "second look", "false alarms", "J of the others"]
+                none = np.mean([not m.any() for m in masks])
+                rows.append((asked is not None, second_look, alarm.any(), np.mean(J), none))
+    names = ["class given", "second look", "false alarms", "J of the others", "without a mask"]
     return (100 * pd.DataFrame(rows, columns=names).groupby(names[:2]).mean()).round(1)
 
 

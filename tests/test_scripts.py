@@ -115,7 +115,7 @@ def test_what_a_set_lacks_is_measured_with_cosegment_itself(monkeypatch, capsys)
         images = images if isinstance(images, list) else [images]
         whole = np.ones((32, 32), np.float32)
         found = [Result("", x, size=x.size, probability=whole, agreement=0.1) for x in images]
-        if cls and not keep_all:
+        if cls and (len(images) == 1 or not keep_all):
             found[-1].probability = 0 * whole
         return found
 
@@ -128,9 +128,10 @@ def test_what_a_set_lacks_is_measured_with_cosegment_itself(monkeypatch, capsys)
     sets = lacking.mixed_sets(data, 3, 4, 0)
     J = [np.mean([data.mask(i, [c]).mean() for i in items[:-1]]) for c, items in sets]
     assert found["J of the others"].tolist() == [round(100 * float(np.mean(J)), 1)] * 4
+    assert found["without a mask"].tolist() == [0] * 4
     assert lacking.shares(data, 3, 4, 0, None).tolist() == [100, 100]
     asked, free = lacking.within(data, 5, 4, 0, None)
-    assert asked == 0 and 0 < free < 50  # a lone picture that is asked for is the last
+    assert asked == 0 and 0 < free < 50  # asked for, it finds nothing
 
     monkeypatch.setattr(lacking, "load_data", lambda name: data)
     monkeypatch.setattr(sys, "argv", ["lacking.py", "--sets", "1", "--size", "3"])

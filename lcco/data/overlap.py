@@ -38,8 +38,7 @@ def _looks(hashes: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray, n
     share = detail.sum(1) ** 2 / (detail**2).sum(1).clip(1e-6) / CELLS**2
     cells -= cells.mean(1, keepdims=True)
     cells /= cells.std(1, keepdims=True).clip(3 * FLAT)  # noise must not become a look
-    bits = raw[:, -16:].copy().view(np.uint64)
-    return bits, cells, (cells**2).mean(1), 0.0025 + 0.2 * share**2
+    return raw[:, -16:].copy().view(np.uint64), cells, (cells**2).mean(1), 0.0025 + 0.2 * share**2
 
 
 def near_pairs(a: Sequence[str], b: Sequence[str]) -> list[tuple[int, int]]:

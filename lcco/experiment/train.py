@@ -79,9 +79,8 @@ def learning_rate(experiment: Experiment, step: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - t.warmup) / max(1, t.steps - t.warmup)))
 
 
-def v_gt_source(experiment: Experiment) -> str | None:
+def v_gt_source(e: Experiment) -> str | None:
     """Who names the true class, "tower" or "name"; None where nothing needs to know it."""
-    e = experiment
     return e.loss.v_gt if e.model.clip_regularization and e.loss.lambda_c else None
 
 
