@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # not every terminal can print every file name
         stream.reconfigure(errors="backslashreplace")
     with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc
-        # Freed memory is kept, in one arena: giving it back to ask anew is a third of the time.
+        # Freed memory is kept, in one arena: giving it back to ask anew is a quarter of the time.
         mallopt = ctypes.CDLL(None).mallopt
         if mallopt(-3, 2**30):  # M_MMAP_THRESHOLD; an old glibc refuses
             mallopt(-1, 2**30), mallopt(-8, 1)  # M_TRIM_THRESHOLD, M_ARENA_MAX

@@ -46,7 +46,7 @@ class DataConfig(Settings):
     class_sampling: Literal["uniform", "sqrt", "proportional"] = "uniform"  # ∝ 1, √count, count
     paired: Share = 0.0  # share of groups drawn from images that hold a second class
     absent: Share = 0.0  # chance that one image of a group lacks the object
-    given: Share = 0.0  # Deviation: share of groups: of two classes, and told which is meant
+    given: Share = 0.0  # Deviation: share of groups of two classes, told which one is meant
     flip: bool = False
     crop: Annotated[float, Field(gt=0, le=1)] = 1.0  # smallest side of a random crop, as a share
 
