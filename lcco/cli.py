@@ -28,7 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Freed memory is kept, in one arena: giving it back to ask anew is a quarter of the time.
         mallopt = ctypes.CDLL(None).mallopt
         if mallopt(-3, 2**30):  # M_MMAP_THRESHOLD; an old glibc refuses
-            mallopt(-1, 2**30), mallopt(-8, 1)  # M_TRIM_THRESHOLD, M_ARENA_MAX
+            mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
+            mallopt(-8, 1)  # M_ARENA_MAX
     code = 2
     try:
         typer.main.get_command(app).main(argv, "lcco")

@@ -34,10 +34,9 @@ Record = dict[str, Any]  # a result.json, or what it says of a picture
 
 AT_ONCE = 64  # pictures in one part of a large set: ISFC compares every two of them
 EMPTY = 0.001  # a mask below this share of the picture is no object
-# By scripts/lacking.py --seed 9, with the shipped weights on voc_val, in sets of 5: a set whose
-# pictures agree less is said to share nothing (66% of those without a class in common, 14% of real
-# ones); a picture of less evidence to lack it (false alarms 99 → 42%, J of the others −0.3), or of
-# less probability the given class (98 → 23%, −1.8). At 4.8 (28%, −1.5) two of examples/'s cats go.
+# By scripts/lacking.py --seed 9: a set that agrees less is said to share nothing (66% of those that
+# do, 14% of others), a picture of less evidence to lack it (false alarms 99 → 42%, J elsewhere
+# −0.3), or the given class (98 → 23%, −1.8). At LACKS = 4.8 (28%, −1.5) two cats of examples/ go.
 COMMON, LACKS, LACKS_CLASS = 0.14, 3.1, 0.009
 KINDS = {"mask": "masks/{}.png", "cutout": "cutouts/{}.png", "overlay": "overlays/{}.jpg"}
 TOOL, PAGE = "lcco cosegment", Path(__file__).with_name("gallery.html.jinja")
