@@ -1,4 +1,4 @@
-"""The command `lcco`: data check, train, evaluate, cosegment. Heavy imports are inside."""
+"""The command `lcco`: data check, train, evaluate, cosegment, bench. Heavy imports are inside."""
 
 import contextlib
 import ctypes
@@ -114,7 +114,7 @@ def evaluate(
         print(f"{test.name}: {what}", file=sys.stderr)
     rows = [{"data": e.data, "protocol": name, "set size": e.group_size} | scores(e.summary)
             for name, e in found.items()]  # fmt: skip
-    print(pd.DataFrame(rows).dropna(axis=1).to_markdown(index=False, floatfmt=".1f"))
+    print(pd.DataFrame(rows).dropna(axis=1, how="all").to_markdown(index=False, floatfmt=".1f"))
 
 
 @app.command()
@@ -127,11 +127,12 @@ def cosegment(
         metavar="FILE", help='A set a line: {"name": …, "images": […]}.')] = None,
     background: Annotated[str | None, Option(
         metavar="white|blur|FILE", help="Behind the cut-outs; else transparent.")] = None,
-    cls: Annotated[str | None, Option("--class", metavar="NAME", help="A hint what it is.")] = None,
+    cls: Annotated[str | None, Option("--class", metavar="NAME",
+        help="What to look for; a picture where it is improbable gets no mask.")] = None,
     weights: Annotated[str | None, Option(metavar="FILE|RUN", help="Another model.")] = None,
-    threshold: Annotated[float, Option(metavar="T", help="On the probabilities.")] = 0.5,
-    overwrite: Annotated[bool, Option("--overwrite", help="Replace another set's.")] = False,
-    keep_all: Annotated[bool, Option("--keep-all", help="Masks also of what lacks it.")] = False,
+    threshold: Annotated[float, Option(metavar="T", help="0 to 1; lower: larger masks.")] = 0.5,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace lcco's results there.")] = False,
+    keep_all: Annotated[bool, Option("--keep-all", help="Masks of all that lack it, too.")] = False,
 ) -> None:  # fmt: skip
     """Find what photos have in common, and cut it out of each."""
     settings = locals()  # its options are those of the function

@@ -1,5 +1,6 @@
 """Co-segment a person's own pictures: masks, cut-outs, overlays, a contact sheet and a gallery."""
 
+import contextlib
 import glob
 import json
 import os
@@ -19,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 from lcco import __version__
 from lcco.backbones import fold_norms, tensors_digest
-from lcco.common import LCCoError, digest, few, file_digest, one_line
+from lcco.common import LCCoError, digest, few, file_digest, one_line, place
 from lcco.data.pictures import is_system, listing, picture_size, pictures_in, read_picture, to_rgb
 from lcco.data.sets import CoSegData, threaded
 from lcco.experiment.figures import overlay
@@ -34,9 +35,8 @@ Record = dict[str, Any]  # a result.json, or what it says of a picture
 
 AT_ONCE = 64  # pictures in one part of a large set: ISFC compares every two of them
 EMPTY = 0.001  # a mask below this share of the picture is no object
-# By scripts/lacking.py --seed 9: a set that agrees less is said to share nothing (66% of those that
-# do, 14% of others), a picture of less evidence to lack it (false alarms 99 → 42%, J elsewhere
-# −0.3), or the given class (98 → 23%, −1.8). At LACKS = 4.8 (28%, −1.5) two cats of examples/ go.
+# Chosen by scripts/lacking.py, which prints what each costs: a set that agrees less shares nothing;
+# a picture of less evidence lacks the object, one of less probability the class that was asked for.
 COMMON, LACKS, LACKS_CLASS = 0.14, 3.1, 0.009
 KINDS = {"mask": "masks/{}.png", "cutout": "cutouts/{}.png", "overlay": "overlays/{}.jpg"}
 TOOL, PAGE = "lcco cosegment", Path(__file__).with_name("gallery.html.jinja")
@@ -72,9 +72,9 @@ class Result:
 
     @property
     def confidence(self) -> float:
-        """Mean probability inside the mask × agreement, in 0..1; 0 without a mask."""
+        """Mean probability inside the mask, in 0..1; 0 without a mask."""
         inside = () if self.error else self.probability[self.probability > self.threshold]
-        return float(np.mean(inside)) * self.agreement if len(inside) else 0.0
+        return float(np.mean(inside)) if len(inside) else 0.0
 
     def cutout(self, background: str | Path | None = None) -> Image.Image | None:
         """The object alone: RGBA, or before `white`, the blurred picture (`blur`), or a picture."""
@@ -82,7 +82,8 @@ class Result:
             return None
         grey = Image.fromarray((255 * self.probability).astype(np.uint8))
         grey = grey.resize(picture.size, Image.Resampling.BILINEAR)
-        alpha = grey.point(lambda v: 127 + 5 * (v - 255 * self.threshold))  # soft within 0.1 of it
+        t, soft = 255 * self.threshold, 255 * min(0.1, self.threshold, 1 - self.threshold)
+        alpha = grey.point(lambda v: 127.5 + 127.5 * (v - t) / soft if soft else 255 * (v > t))
         if background == "blur":
             small = ImageOps.contain(picture, (320, 320)).filter(ImageFilter.GaussianBlur(8))
             ground = small.resize(picture.size)
@@ -134,6 +135,7 @@ def cosegment(images: Sequence[Picture] | Picture, *, weights: Path | str | Pred
     predictor = weights if isinstance(weights, Predictor) else load_segmenter(weights)
     predictor = replace(predictor, gt=True, keep=False)
     model, words = predictor.model, predictor.vocabulary.words
+    cls = cls or None  # "": a variable of the shell that is not set
     if cls is not None and not (model.clip_regularization or model.clip_interaction):
         raise LCCoError("these weights are a Baseline's, which takes no class: leave it out")
     if cls is not None and target_word(cls, words) is None:
@@ -148,8 +150,8 @@ def load_segmenter(weights: Path | str | None = None) -> Predictor:
     """The model of a file or a run (default: the shipped one), to be used, not trained."""
     predictor = load_model(open_run(weights or "shipped").weights)
     f = predictor.features
-    f.tower = make_tower(predictor.experiment.tower, f.device)  # trained models share the other
-    for net in (f.backbone, f.tower._net):
+    f.tower = make_tower(predictor.experiment.tower, f.device)  # its own: norms are folded below
+    for net in (f.backbone, f.tower.net):
         fold_norms(net)
     return predictor
 
@@ -207,16 +209,15 @@ def _lacking(predictor, pictures, results, S, cls) -> torch.Tensor:
         word = predictor.vocabulary.nearest(cls, tower)
         return torch.stack(logits).softmax(-1)[..., word].amax(0) < LACKS_CLASS
     alike = (E @ E.sum(0) - 1) / (len(E) - 1)  # [n]
-    inside = [r.probability[r.probability > 0.5] for r in results]
-    sure = torch.tensor([float(p.mean()) if len(p) else 0.0 for p in inside])
+    sure = torch.tensor([replace(r, threshold=0.5).confidence for r in results])
     evidence = sum(_agreement(s).log() for s in logits) + 10 * (alike + sure)
     middle = evidence.median()
-    return (evidence < middle) & (evidence - middle / 2 < LACKS)
+    return (evidence < middle) & (evidence - middle / 2 < LACKS)  # a set that agrees asks for more
 
 
 def _object(picture: Image.Image, result: Result, ground: Colour | None) -> Image.Image:
     """A picture's object in its box, a tenth larger; before `ground`, if that is given."""
-    mask = resize_map(result.probability, picture.size[::-1]) > result.threshold
+    mask = resize_map(result.probability, picture.size[::-1]) > 0.5
     x, y, x1, y1 = Image.fromarray(mask).getbbox() or (0, 0, *picture.size)
     dx, dy = (x1 - x) // 10, (y1 - y) // 10
     if ground and mask.any():
@@ -254,35 +255,37 @@ def find_sets(sources: Iterable[Path | str], recursive: bool = False,
         paths |= dict.fromkeys(p for p in found if p == path or not is_system(p.name))
     sets = list(_manifest(Path(manifest).expanduser())) if manifest else []
     for folder in filter(Path.is_dir, paths):
-        place = Path() if len(paths) == 1 else Path(folder.resolve().name)
+        spot = Path() if len(paths) == 1 else Path(folder.resolve().name)
         folders = [folder]
         for inner in folders:  # it grows by the folders inside
             files, others = listing(inner)
             inside = sorted(inner.iterdir()) if recursive else ()
             folders += [f for f in inside if f.is_dir() and not (is_system(f.name) or _record(f))]
-            sets.append((place / inner.relative_to(folder), files))
+            sets.append((spot / inner.relative_to(folder), files))
             if others:
                 print(f"{inner}: left out, no picture files: {few(others)}", file=sys.stderr)
     sets.append((Path(), [p for p in paths if p.is_file()]))
-    if not (sets := [(place, files) for place, files in sets if files]):
+    if not (sets := [(spot, files) for spot, files in sets if files]):
         what = f"{few(list(paths), 2)}: no pictures in it" if paths else "no pictures given"
         raise LCCoError(f"{what}; give files, a folder with some, --recursive, or --manifest FILE")
     taken = Counter(str(p).casefold() for s, _ in sets for p in (s, *(s / m for m in MADE)))
-    if twice := [place for place, _ in sets if taken[str(place).casefold()] > 1]:
+    if twice := [spot for spot, _ in sets if taken[str(spot).casefold()] > 1]:
         raise LCCoError(f"{twice[0]}: two sets would be written there; rename one")
     return sets
 
 
 def _manifest(path: Path) -> Iterator[tuple[Path, list[Path]]]:
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().rstrip().splitlines(), 1):
         try:
             entry = json.loads(line)
-            place, files = Path(entry["name"]), [path.parent / image for image in entry["images"]]
-            if not files or not place.parts or place.is_absolute() or ".." in place.parts:
+            spot, names = Path(entry["name"]), entry["images"]
+            inside = spot.name and not spot.anchor and ".." not in spot.parts
+            if not inside or not names or isinstance(names, str):
                 raise ValueError
+            files = [path.parent / name for name in names]
         except (ValueError, KeyError, TypeError):
             raise LCCoError(f'{path}: line {number} must be {{"name": …, "images": […]}}') from None
-        yield place, files
+        yield spot, files
 
 
 def cosegment_folder(sources: Iterable[Path | str] | Path | str, out: Path | str, *,
@@ -304,9 +307,10 @@ def cosegment_folder(sources: Iterable[Path | str] | Path | str, out: Path | str
         about["background"] = f"{background} {digest(read_picture(background).tobytes())}"
     sources = [sources] if isinstance(sources, (str, Path)) else sources
     records, refused = [], []
-    for place, files in find_sets(sources, recursive, manifest):
-        folder = Path(out).expanduser() / place
-        with lock(folder / ".lcco.lock", f"{folder}: waiting for another process"):
+    for spot, files in find_sets(sources, recursive, manifest):
+        folder = Path(out).expanduser() / spot
+        held = place("cache") / "locks" / digest(str(folder.resolve()), 16)  # not among pictures
+        with lock(held, f"{folder}: waiting for another process"):
             try:
                 record = _allowed(folder, files, about, overwrite)
             except LCCoError as error:
@@ -320,8 +324,8 @@ def cosegment_folder(sources: Iterable[Path | str] | Path | str, out: Path | str
                 results = cosegment(files, weights=weights, **how)
                 _write(folder, record, results, background)
             records.append(record)
-    for image in (i for record in records for i in record["images"] if i["error"]):
-        print(f"not read: {one_line(image['name'])}: {image['error']}", file=sys.stderr)
+            for i in (i for i in record["images"] if i["error"]):
+                print(f"not read: {one_line(spot / i['name'])}: {i['error']}", file=sys.stderr)
     for error in refused[:-1]:
         print(f"refused: {error}", file=sys.stderr)
     if refused:
@@ -347,8 +351,8 @@ def _allowed(out: Path, files: Sequence[Path], about: Record, overwrite: bool) -
     if {f.parent.resolve() for f in files} & {p.resolve() for p in (out, *ours)}:
         raise LCCoError(f"{out}: holds the pictures themselves; give another --out")
     if any(p.exists() for p in ours) and not (old and (overwrite or same)):
-        what = "holds other results, or files that lcco did not make"
-        raise LCCoError(f"{out}: {what}; give another --out, or --overwrite results of lcco")
+        what = "results of other pictures or settings" if old else "files that lcco did not make"
+        raise LCCoError(f"{out}: holds {what}; give another --out{', or --overwrite' * bool(old)}")
     return record | {"tool": TOOL, "version": __version__, "complete": False, "images": images}
 
 
@@ -371,7 +375,10 @@ def _write(out: Path, record: Record, results: list[Result], background: Path | 
         "note": "these share no clear object" if agreement < COMMON and len(good) > 1 else "",
     }  # fmt: skip
     said = ", ".join(f"{word} {score:.2f}" for word, score in words[:3]) or "none could be read"
-    title = f"{len(good)} picture{'s' * (len(good) != 1)}: {record['note'] or said}"
+    said = f"looked for {record['class']}" if record["class"] else record["note"] or said
+    if lacking := sum(r.lacks for r, _ in good):
+        said += f"; {lacking} seem{'s' * (lacking == 1)} to lack it (--keep-all keeps the masks)"
+    title = f"{len(good)} picture{'s' * (len(good) != 1)}: {said}"
     _save(_contact_sheet(out, good[:120], title), out / "contact_sheet.jpg", quality=88)
     page = jinja2.Template(PAGE.read_text(encoding="utf-8"), autoescape=True)
     write_text(out / "index.html", page.render(title=title, images=images))
@@ -426,5 +433,7 @@ def _save(image: Image.Image, path: Path, **options: Any) -> None:
 
 def _record(out: Path) -> Record:
     """The result.json that lcco wrote into a folder, or {}."""
-    record = read_json(out / "result.json") if (out / "result.json").is_file() else {}
-    return record if isinstance(record, dict) and record.get("tool") == TOOL else {}
+    with contextlib.suppress(LCCoError, OSError):  # none, or another program's
+        if isinstance(record := read_json(out / "result.json"), dict):
+            return record if record.get("tool") == TOOL else {}
+    return {}

@@ -89,8 +89,7 @@ def photos(tmp_path) -> Path:
 
 
 def files(folder: Path) -> set[str]:
-    found = {str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()}
-    return {f for f in found if not f.endswith(".lcco.lock")}
+    return {str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()}
 
 
 def made(*names: str) -> set[str]:
@@ -175,6 +174,19 @@ def test_cutout_shows_the_object_and_nothing_else(model, photos):
     assert np.array_equal(np.asarray(behind)[alpha == 0], other[alpha == 0])
 
 
+@pytest.mark.parametrize("threshold", [0.0, 0.02, 0.3, 0.97])
+def test_a_cutout_follows_its_mask_at_any_threshold(threshold):
+    result = room.Result("a", Image.new("RGB", (40, 25), "red"), threshold, (40, 25))
+    result.probability = np.linspace(0, 1, 1000, dtype=np.float32).reshape(25, 40)
+    alpha, mask = np.asarray(result.cutout())[..., 3], result.mask
+    soft = min(0.1, threshold, 1 - threshold)
+    far, step = np.abs(result.probability - threshold) > max(soft - 0.002, 0.005), 1 / (soft + 0.01)
+    assert (mask & far).any() and (alpha[mask & far] >= 255 - step).all()
+    assert (threshold == 0 or (~mask & far).any()) and (alpha[~mask & far] <= step).all()
+    result.probability = np.zeros_like(result.probability)
+    assert not np.asarray(result.cutout())[..., 3].any()
+
+
 def test_unreadable_pictures_do_not_disturb_the_others(model, photos):
     good = sorted(photos.iterdir())
     (photos / "bad.jpg").write_bytes((photos / "p0.jpg").read_bytes()[:700])
@@ -236,13 +248,17 @@ def test_agreement_falls_where_a_picture_is_of_something_else(model, monkeypatch
     assert cosegment(pictures[0], weights=model)[0].agreement > 0.9
 
 
-def test_a_picture_that_lacks_it_gets_no_mask_and_says_so(tmp_path):
+def test_a_picture_that_lacks_it_gets_no_mask_and_says_so(tmp_path, capsys):
     """By the shipped weights, on photographs: motorbikes, and a cat or five."""
     shipped, examples = room.load_segmenter(), Path(__file__).parents[1] / "examples"
     bikes, cats = (sorted((examples / kind).glob("*.jpg")) for kind in ("motorbike", "cat"))
     [record] = cosegment_folder([*bikes, cats[1]], tmp_path / "out", weights=shipped)
     notes = [image["note"] for image in record["images"]]
     assert notes == [""] * 6 + ["seems to lack it"], notes
+    assert "; 1 seems to lack it (--keep-all keeps the masks); look at" in capsys.readouterr().out
+    cosegment_folder(bikes[:2], tmp_path / "no", weights=shipped, cls="dog")
+    said = "2 pictures: looked for dog; 2 seem to lack it (--keep-all keeps the masks)"
+    assert said in capsys.readouterr().out and said in (tmp_path / "no" / "index.html").read_text()
     *_, cat = cosegment([*bikes, cats[1]], weights=shipped)
     assert cat.lacks and cat.confidence == 0 and not cat.mask.any()
     assert not np.asarray(cat.cutout())[..., 3].any()
@@ -291,7 +307,8 @@ def test_nothing_of_the_pictures_is_kept_in_the_cache(weights, photos, tmp_path,
     segmenter = load_segmenter(weights)
     before = files(tmp_path / "cache")
     cosegment_folder(photos, tmp_path / "out", weights=segmenter)
-    assert files(tmp_path / "cache") == before and not files(Path(os.environ["LCCO_RUNS"]))
+    made = {f for f in files(tmp_path / "cache") - before if not f.startswith("locks/")}
+    assert not made and not files(Path(os.environ["LCCO_RUNS"]))
 
 
 # ------------------------------------------------------------------------------- which pictures
@@ -377,8 +394,10 @@ def test_manifest_in_pieces_equals_the_whole_byte_for_byte(model, weights, photo
     for name in want:
         a, b = ((tmp_path / place / name).read_bytes() for place in ("whole", "parts"))
         assert a == b, name
-    for bad in ("{", '{"name": "../x", "images": ["p0.jpg"]}', '{"name": "x", "images": []}'):
-        manifest.write_text(f"{lines[0]}\n{bad}\n")
+    for bad in ("{", '{"name": "../x", "images": ["p0.jpg"]}', '{"name": "x", "images": []}',
+                '{"name": "/x", "images": ["p0.jpg"]}', '{"name": "x", "images": "p0.jpg"}',
+                '{"name": "é", "images": ["p0.jpg"]}'):  # fmt: skip
+        manifest.write_bytes(f"{lines[0]}\n{bad}\n".encode("latin-1"))
         refuses("sets.jsonl: line 2 must be", (), tmp_path / "out", manifest=manifest)
     manifest.write_text(f"{lines[0]}\n{lines[0]}\n")
     refuses("two sets", (), tmp_path / "out", manifest=manifest)
@@ -647,7 +666,7 @@ def test_a_model_in_memory_is_told_from_another(model, photos, tmp_path):
     with torch.no_grad():
         other.model.head[-1].bias += 9
     cosegment_folder(photos, tmp_path / "out", weights=model)
-    refuses("out: holds other results", photos, tmp_path / "out", weights=other)
+    refuses("out: holds results of other pictures", photos, tmp_path / "out", weights=other)
 
 
 def test_another_set_into_the_same_folder_is_refused(weights, photos, tmp_path):
@@ -656,7 +675,7 @@ def test_another_set_into_the_same_folder_is_refused(weights, photos, tmp_path):
     before = {f: (out / f).read_bytes() for f in files(out)}
     other.mkdir()
     picture(8).save(other / "q.png")
-    says = "out: holds other results, or files that lcco did not make; give another --out"
+    says = "out: holds results of other pictures or settings; give another --out, or --overwrite"
     refuses(says, other, out, weights=weights)
     refuses(says, photos, out, weights=weights, threshold=0.4)
     refuses("threshold is 2", other, out, weights=weights, threshold=2, overwrite=True)
@@ -668,7 +687,7 @@ def test_another_set_into_the_same_folder_is_refused(weights, photos, tmp_path):
     assert files(out) == made("q") | {"masks/mine.txt"}
     cosegment_folder([photos, other], tmp_path / "both", weights=weights)
     picture(7).save(other / "q.png")
-    says = "other: holds other results, or files that lcco did not make"
+    says = "other: holds results of other pictures"
     refuses(says, [photos, other], tmp_path / "both", weights=weights)
     done = cosegment_folder([photos, other], tmp_path / "both", weights=weights, overwrite=True)
     assert len(done) == 2
@@ -686,9 +705,10 @@ def test_sets_that_are_refused_do_not_stop_the_others(weights, photos, tmp_path,
     words = ["cosegment", *map(str, [*folders[1:], photos]), "--out", str(out)]
     for _ in range(2):
         assert main([*words, "--weights", str(weights)]) == 2
-        said = [line for line in capsys.readouterr().err.splitlines() if "holds other" in line]
-        assert said[0].startswith(f"refused: {out / 'a'}: holds other results") and len(said) == 2
-        assert said[1].startswith(f"lcco: {out / 'b'}: holds other results")
+        said = [line for line in capsys.readouterr().err.splitlines() if "holds files" in line]
+        assert said[0].startswith(f"refused: {out / 'a'}: holds files that lcco did not make")
+        assert said[1].startswith(f"lcco: {out / 'b'}: holds files that lcco did not make")
+        assert len(said) == 2
         want = {f"c/{f}" for f in made("q")} | {f"photos/{f}" for f in made(*NAMES)}
         assert files(out) == want | {"a/index.html", "b/index.html"}
     assert (out / "a" / "index.html").read_text() == "mine"
@@ -743,7 +763,7 @@ def test_two_at_once_into_one_folder_lose_nothing(model, photos, tmp_path):
         job.join()
     refused = [t for t in told if isinstance(t, LCCoError)]
     won = "q" if len(refused) == 2 else NAMES
-    assert all("holds other results" in str(e) for e in refused)
+    assert all("holds results of other" in str(e) for e in refused)
     assert len(refused) == (2 if won == "q" else 1) and files(tmp_path / "out") == made(*won)
 
 
