@@ -180,6 +180,22 @@ def test_a_failed_job_names_its_log_in_one_line(graph):
     assert "weights `best.safetensors` not found" in failed[0] and log.is_file()
 
 
+def test_other_settings_or_parameters_make_notebooks_again(graph):
+    base, *_ = graph
+    mine = base / "mine.yaml"
+
+    def planned(*more: str) -> bool:
+        done = snakemake(base, "-n", "--config", *CONFIG, "results=out", *more)
+        return "rule notebook:" in (done.stdout + done.stderr).splitlines()
+
+    text = mine.read_text()
+    assert not planned() and planned("parameters={seeds: [0]}")
+    mine.write_text(f"{text}group_size: 4\n")
+    assert planned()
+    mine.write_text(text)
+    assert not planned()  # nothing was made of the others
+
+
 def test_what_is_not_here_is_tried_again(tmp_path):
     job = all_jobs(load_profile("smoke"), ["03"])[0]
     marker = tmp_path / "scored.json"

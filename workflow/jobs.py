@@ -193,7 +193,8 @@ def html(folder: Path) -> None:
     for name, page in pages.items():
         where = {"metadata": {"path": str(folder), "name": name}}
         body, _ = exporter.from_notebook_node(page, where)
-        (folder / "html" / f"{name}.html").write_text(body.replace("</head>", f"{NARROW}</head>"))
+        page = body.replace("</head>", f"{NARROW}</head>")
+        (folder / "html" / f"{name}.html").write_text(page, "utf-8")
 
 
 NARROW = """<style>
