@@ -12,8 +12,9 @@ import nbformat
 import papermill
 import pytest
 
-from lcco.config import profile_names
+from lcco.config import load_profile, profile_names
 from lcco.experiment.plan import NOTEBOOKS as NUMBERS
+from lcco.experiment.plan import all_jobs, needs
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(p.stem for p in (ROOT / "notebooks").glob("*.ipynb"))
@@ -88,12 +89,6 @@ def test_one_cell_of_typed_parameters(stem):
         assert f'"{name}")' in code or f'"{name}"),' in code, f"`{name}` is not checked by `typed`"
 
 
-def test_ruff_finds_nothing():
-    command = [sys.executable, "-m", "ruff", "check", "--no-cache", "notebooks", "workflow"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
-
-
 # ---------------------------------------------------------------------------------- as they run
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -143,6 +138,11 @@ def test_runs_at_smoke(stem, elsewhere):
     for name in TABLES.get(stem, ()):
         assert ",measured," in (out / f"{name}.csv").read_text(encoding="utf-8")
         assert all((out / f"{name}.{k}").stat().st_size for k in ("md", "tex", "records.json"))
+    # It trains what the graph plans for it, and nothing else.
+    profile = load_profile("smoke")
+    known = {f.parent.name for f in (elsewhere.parent / "runs").glob("*/record.json")}
+    planned = {job.experiment.run_name for job in needs(stem.split("_")[0], profile)}
+    assert planned <= known <= {job.experiment.run_name for job in all_jobs(profile)}
     for name in FIGURES[stem]:
         assert all((out / f"{name}.{kind}").stat().st_size for kind in ("png", "pdf"))
 

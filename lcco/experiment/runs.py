@@ -6,7 +6,7 @@ it is done, and in evaluations/ what was measured of it.
 
 import contextlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,11 +19,11 @@ from accelerate import PartialState
 from lcco.backbones import model_file, read_about, reading
 from lcco.common import LCCoError, Missing, digest, file_digest, place
 from lcco.config import TRAINING_VERSION, Experiment, Profile, typed
-from lcco.data import CoSegData, load_data
-from lcco.experiment.evaluate import Evaluation, evaluate_all
+from lcco.data import LOOKS, CoSegData, load_data
+from lcco.experiment.evaluate import SCORING_VERSION, Evaluation, evaluate_all
 from lcco.experiment.predictor import Predictor, load_model
 from lcco.experiment.train import Trainer, environment, training_data
-from lcco.store import kept, lock, read_json, write_json
+from lcco.store import lock, read_json, write_json
 
 
 @dataclass
@@ -63,7 +63,7 @@ class Run:
         kind: "holdout" counts those that helped to choose its weights.
         Raises: LCCoError where its training set is gone and was not compared with this one before.
         """
-        if (file := self._file(f"overlap-{kind}", test)).is_file():
+        if (file := self._file(f"overlap-{kind}", test, LOOKS)).is_file():
             return read_json(file)
         self.check()
         seen, unknown, (own, *_) = set(), "", self.record["trained_on"]
@@ -102,13 +102,9 @@ class Run:
                 write_json(files[p], about | {"evaluation": asdict(found[p])})
         return {p: Evaluation(**read_json(file)["evaluation"]) for p, file in files.items()}
 
-    def measure(self, name: str, data: CoSegData, recipe: Any, make: Callable[[], Any]) -> Any:
-        """Any JSON value that `make()` measures of the model on a set, kept with the run."""
-        return kept(self._file(name, data, recipe), make)
-
     def _file(self, name: str, data: CoSegData, *recipe: Any) -> Path:
         sha = self.record["weights_sha256"]  # a run may come without its weights
-        key = digest([sha, data.identity(), TRAINING_VERSION, *recipe], 10)
+        key = digest([sha, data.identity(), SCORING_VERSION, *recipe], 10)
         return self.path / "evaluations" / f"{data.name}-{name}-{key}.json".replace("/", "_")
 
 
