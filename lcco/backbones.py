@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -184,8 +185,6 @@ def about_start(weights: str | None) -> dict[str, Any] | None:
 
 def read_about(path: str | Path) -> dict[str, Any]:
     """The description in a model file. Raises: as `reading`."""
-    from safetensors import safe_open
-
     with reading(path, "a model of lcco's"), safe_open(path, "pt") as f:
         return json.loads(f.metadata()["lcco"])
 

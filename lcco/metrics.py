@@ -40,15 +40,15 @@ class Counts:
         return {"zero": 0.0, "one": float(not self.predicted), "skip": None}[empty]
 
 
-def count(pred: np.ndarray, truth: np.ndarray, ignore_void: bool = True) -> Counts:
-    """Compare a boolean mask with a truth of 0, 1 and 255 (void: ignored, or else background).
+def count(pred: np.ndarray, truth: np.ndarray) -> Counts:
+    """Compare a boolean mask with a truth of 0, 1 and 255 (void: ignored).
 
     Both are [H, W]. Raises: ValueError where their sizes differ.
     """
     pred, on = np.asarray(pred, bool), np.asarray(truth) == 1
     if pred.shape != on.shape:
         raise ValueError(f"mask {pred.shape} and truth {on.shape} differ in size")
-    counted = np.asarray(truth) != VOID if ignore_void else np.ones_like(pred)
+    counted = np.asarray(truth) != VOID
     pred = pred & counted
     masks = (pred & on, pred | on, counted, pred, on)
     inter, union, pixels, predicted, real = (int(np.count_nonzero(m)) for m in masks)

@@ -29,11 +29,6 @@ class Output:
     class_logits: Tensor | None = None  # [B, P] Eq. 7 before its softmax; None: no regularization
     best: Tensor | None = None  # [B] i* of Eq. 6, or the true class where one was given
 
-    @property
-    def v(self) -> Tensor | None:
-        """Eq. 7's probabilities [B, P], which sum to 1; None without CLIP regularization."""
-        return None if self.class_logits is None else self.class_logits.softmax(dim=-1)
-
 
 def conv_block(c_in: int, c_out: int, kernel: int = 3) -> nn.Sequential:
     """Conv, norm, ReLU. torchvision's own costs this room two seconds of import."""
@@ -97,7 +92,7 @@ class ISFC(nn.Module):
     def __init__(self, channels: int, *, softmax: str = "neighbours", bytes_at_once: int = 2**28):
         super().__init__()
         C = channels
-        self.softmax, self.bytes_at_once = softmax, bytes_at_once
+        self.over_channels, self.bytes_at_once = softmax == "channels", bytes_at_once
         self.query, self.value, self.merge = (nn.Conv2d(C, C, 1) for _ in range(3))
         self.key = nn.Conv2d(C, C, 1, bias=False)  # a bias adds the same to a softmax's scores
         self.ffn1 = conv_ffn(2 * C, 2 * C, C)
@@ -139,10 +134,10 @@ class ISFC(nn.Module):
         edges = edges.masked_fill(absent, 0)
         # α_i^j = Softmax of the F̄_i themselves
         scores = edges.masked_fill(absent, float("-inf"))
-        scores = scores if self.softmax == "neighbours" else scores.flatten(1, 2)
+        scores = scores.flatten(1, 2) if self.over_channels else scores
         alpha = scores.softmax(dim=1).view_as(edges)  # [M, J, C, H, W]
         average = (alpha * edges).sum(dim=1)  # [M, C, H, W]
-        if self.softmax == "channels":
+        if self.over_channels:
             plain = edges.sum(dim=1) / valid.sum(dim=1)[:, None, None, None]  # [M, C, H, W]
             norm = partial(torch.linalg.vector_norm, dim=(1, 2, 3), keepdim=True)
             average = average * (norm(plain) / norm(average).clamp(min=1e-12))
@@ -213,7 +208,7 @@ class CLIPRegularization(nn.Module):
     teaches a P→P MLP3 never to choose a word that no training group was of. One small network for
     all words, of a word's similarity to the image and to the set, may choose unseen classes, and
     fits any vocabulary. Deviation (`skip`): adds MLP3's input (`shared`: the set's), so training
-    starts from CLIP's own opinion.
+    starts from CLIP's own opinion. Deviation: cosines are scaled by CLIP's logit scale, text by √D.
     """
 
     def __init__(self, channels: int, width: int, prompts: int, logit_scale: float, *,
@@ -256,7 +251,6 @@ class LCCo(nn.Module):
     prompts: P; unless MLP3 is `shared`, weights belong to one vocabulary in one order.
     placement: `decoder` refines the top-down path (FPN's: the paper names a property alone) at
     `strides`, F¹ coarse to F³ fine; `encoder` backbone stages 2, 3, 4, each feeding the next.
-    Raises: ValueError for strides that are not of 32, 16, 8, or rise.
     """
 
     def __init__(self, *, backbone: nn.Module, embedding_width: int, prompts: int, width: int = 256,
@@ -267,8 +261,6 @@ class LCCo(nn.Module):
                  mlp3_skip: bool = False):  # fmt: skip
         super().__init__()
         decoder = placement == "decoder"
-        if decoder and (set(strides) - {8, 16, 32} or list(strides) != sorted(strides)[::-1]):
-            raise ValueError(f"strides, of F1 to F3, must be of 32, 16, 8 and not rise: {strides}")
         self.backbone, self.k, self.at = backbone, k, tuple(strides) if decoder else STAGES
         c4, c8, c16, c32 = backbone.channels
         C, fine = width, width // 2

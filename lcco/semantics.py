@@ -45,6 +45,7 @@ class Tower:
     mean: Colour  # it stands for "nothing"
     std: Colour
     device: torch.device
+    net: nn.Module  # loaded when it is first needed: what is cached needs none
 
     def encode_images(self, images: Iterable[Image.Image]) -> Tensor:
         """Images → [n, D] float32 of unit norm, on the CPU; reads them a batch at a time."""
@@ -80,11 +81,10 @@ class OpenClipTower(Tower):
             made = file_digest(self._file) if self._file else "random, seed 0"
         self.identity = f"openclip-{Path(model).stem}-{digest([card, 'squash', made])}"
         scale = place("cache") / "scales" / f"{self.identity}.json"
-        self.logit_scale = kept(scale, lambda: float(self._net.logit_scale.exp()))
+        self.logit_scale = kept(scale, lambda: float(self.net.logit_scale.exp()))
 
-    # Models are loaded when they are first needed: what is cached needs none.
     @cached_property
-    def _net(self) -> nn.Module:
+    def net(self) -> nn.Module:
         import open_clip
 
         what, config = f"weights of `{self._model}`", dict(self._config)
@@ -107,10 +107,10 @@ class OpenClipTower(Tower):
                 what = f"has {count} tokens; the tower reads {self.context}"
                 raise LCCoError(f"prompt {text[:40]!r}… {what}")
         parts = tokens(list(texts)).to(self.device).split(256)
-        return torch.cat([self._net.encode_text(x, normalize=True).float().cpu() for x in parts])
+        return torch.cat([self.net.encode_text(x, normalize=True).float().cpu() for x in parts])
 
     def _embed(self, x: Tensor) -> Tensor:
-        return self._net.encode_image(x)
+        return self.net.encode_image(x)
 
 
 def _card(model: str, weights: str | None) -> tuple[dict[str, Any], Path | None]:
@@ -181,7 +181,7 @@ class ConseTower(Tower):
         return SentenceTransformer(str(self._folder), **how)
 
     @cached_property
-    def _net(self) -> nn.Module:
+    def net(self) -> nn.Module:
         net = backbones.classifier("efficientnet_lite2", "package").requires_grad_(False)
         return net.to(self.device, memory_format=torch.channels_last)
 
@@ -197,7 +197,7 @@ class ConseTower(Tower):
         return self._text.encode(list(texts), batch_size=64, **how).float().cpu().clone()
 
     def _embed(self, x: Tensor) -> Tensor:
-        p, index = self._net(x).float().softmax(-1).topk(self.top, dim=-1)  # [n, top]
+        p, index = self.net(x).float().softmax(-1).topk(self.top, dim=-1)  # [n, top]
         return torch.einsum("nk,nkd->nd", p / p.sum(-1, keepdim=True), self._classes[index])
 
 

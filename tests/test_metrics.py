@@ -30,9 +30,10 @@ def test_counts_by_hand():
     assert count(PRED, TRUTH).jaccard() == 2 / 5
     assert count(PRED, TRUTH).accuracy == 4 / 7
     # void as background: the pixel predicted there is one more false one
-    assert count(PRED, TRUTH, ignore_void=False) == Counts(2, 6, 4, 8, 4, 4)
-    assert count(PRED, TRUTH, ignore_void=False).jaccard() == 2 / 6
-    assert count(PRED, TRUTH, ignore_void=False).accuracy == 4 / 8
+    background = get_protocol("segswap").truth(TRUTH)
+    assert count(PRED, background) == Counts(2, 6, 4, 8, 4, 4)
+    assert count(PRED, background).jaccard() == 2 / 6
+    assert count(PRED, background).accuracy == 4 / 8
 
 
 def test_empty_truth_conventions():
@@ -156,7 +157,7 @@ def test_void_is_background_for_the_peers_alone():
     ones = np.ones((8, 8), bool)
     # predicted everywhere: all counted pixels are right under native, half of them under segswap
     both = [get_protocol(name) for name in ("native", "segswap")]
-    native, segswap = (p.row("k", "c", count(ones, p.truth(truth), p.ignore_void)) for p in both)
+    native, segswap = (p.row("k", "c", count(ones, p.truth(truth))) for p in both)
     assert (native["P"], native["J"], native["pixels"]) == (1.0, 1.0, 32)
     assert (segswap["P"], segswap["J"], segswap["pixels"]) == (0.5, 0.5, 64)
 

@@ -200,7 +200,7 @@ def test_shipped_clip_names_objects_and_what_a_set_shares(held):
     alone = tower.encode_images(pictures) @ words.T
     assert make.top(alone, held[0].holds) >= 0.8
     model = CLIP(**make.MODEL_CONFIG)
-    model.load_state_dict(tower._net.state_dict())
+    model.load_state_dict(tower.net.state_dict())
     found = make.clip_accuracy(model.eval(), *held)  # read as in training, not as in use
     assert abs(found["one object, top-1"] - make.top(alone, held[0].holds)) <= 0.05
     assert found["set of 5 scenes, top-5"] >= 0.9

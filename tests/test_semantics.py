@@ -118,7 +118,7 @@ def test_identity_names_weights_and_preprocessing(tiny, card, tmp_path):
     other = tmp_path / "tiny.json"
     other.write_text(json.dumps({**TINY, "mean": [0.5, 0.5, 0.5]}))
     assert OpenClipTower(str(other), None).identity != tiny.identity
-    state = tiny._net.state_dict()
+    state = tiny.net.state_dict()
     state["visual.proj"] = state["visual.proj"] + 1e-3
     torch.save(state, tmp_path / "moved.pt")
     assert OpenClipTower(str(card), str(tmp_path / "moved.pt")).identity != tiny.identity
@@ -129,10 +129,10 @@ def test_open_clip_loads_a_local_file_and_names_a_bad_one(tiny, card, tmp_path, 
     from safetensors.torch import save_file
 
     path = tmp_path / f"w.{suffix}"
-    state = {k: v.clone().contiguous() + 0.01 for k, v in tiny._net.state_dict().items()}
+    state = {k: v.clone().contiguous() + 0.01 for k, v in tiny.net.state_dict().items()}
     save_file(state, path) if suffix == "safetensors" else torch.save({"state_dict": state}, path)
     tower = OpenClipTower(str(card), str(path))
-    for key, value in tower._net.state_dict().items():
+    for key, value in tower.net.state_dict().items():
         assert torch.equal(value, state[key])
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(LCCoError, match=rf"w\.{suffix}.*cut short"):

@@ -3,6 +3,6 @@
 from lcco.data.check import check
 from lcco.data.load import known_sets, load_data
 from lcco.data.sampler import Draw, GroupSampler
-from lcco.data.sets import CoSegData
+from lcco.data.sets import LOOKS, CoSegData
 
-__all__ = ["CoSegData", "Draw", "GroupSampler", "check", "known_sets", "load_data"]
+__all__ = ["LOOKS", "CoSegData", "Draw", "GroupSampler", "check", "known_sets", "load_data"]

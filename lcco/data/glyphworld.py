@@ -15,7 +15,7 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import TextPath
 from PIL import Image, ImageDraw
 
-from lcco.common import LCCoError, digest, place
+from lcco.common import digest, place
 from lcco.data.sets import CoSegData
 from lcco.store import IN_A_FILE, kept
 
@@ -148,11 +148,8 @@ def draw(names: Sequence[str], seed: int | Sequence[int],
          size: int = 128) -> tuple[Image.Image, np.ndarray]:  # fmt: skip
     """Draw a scene of the named objects: an RGB picture and its label map, uint8 [size, size].
 
-    A label is the class's place in `CLASSES` plus 1; 0 is background. Equal arguments draw equal
-    pixels. Raises: LCCoError for a name that is not in `CLASSES`.
+    A label is the class's place in `CLASSES` plus 1, 0 background. Equal arguments, equal pixels.
     """
-    if unknown := [name for name in names if name not in CLASSES]:
-        raise LCCoError(f"GlyphWorld has no class `{unknown[0]}`; it has {', '.join(CLASSES)}")
     rng = np.random.default_rng((VERSION, *np.atleast_1d(seed).tolist()))
     ground = _colour(rng, [], 0, (0.0, 0.55))
     picture = np.clip(ground * _texture(rng, size, size, rng.uniform(0.03, 0.12)), 0, 1)
@@ -212,10 +209,8 @@ def glyphworld(fold: str, n: int | None = None, size: int = 128) -> CoSegData:
     `pretrain`: 4,000 scenes of one to three objects of any class. `train` (3,000), `holdout` (300):
     two or three of the training classes. `choice`: 264 of two test classes. `test`: 25 for each
     test class, in its group alone, beside one or two others; every 30th lacks the object.
-    n: pictures (`test`: for each class). size: side in pixels. Raises: LCCoError: unknown fold.
+    n: pictures (`test`: for each class). size: side in pixels.
     """
-    if fold not in _COUNTS:
-        raise LCCoError(f"GlyphWorld has no fold `{fold}`; it has {', '.join(_COUNTS)}")
     rng = np.random.default_rng((VERSION, 1000 + list(_COUNTS).index(fold)))
     found = (_test_scenes if fold == "test" else _scenes)(rng, fold, n or _COUNTS[fold])
     return GlyphWorld(fold, list(found), size)

@@ -167,11 +167,6 @@ class View(CoSegData):
         data, j = self._items[i]
         return getattr(data, name)(j, *more)
 
-    image, mask, grey_truth, fact, content, classes_of, labels_of, knows_all = map(
-        partial(partialmethod, _ask),
-        ["image", "mask", "grey_truth", "fact", "content", "classes_of", "labels_of", "knows_all"],
-    )
-
     def __init__(self, name: str, items: Sequence[tuple[CoSegData, int]]) -> None:
         self._items, keys = items, [data.keys[i] for data, i in items]
         if len(set(keys)) < len(keys):  # two sets may use the same names
@@ -180,6 +175,11 @@ class View(CoSegData):
             what = f"holds `{max(keys, key=keys.count)}` twice"
             raise bad(f"data `{name}`", what, "name each set once, and equal folders differently")
         super().__init__(name, "+".join(dict.fromkeys(data.layout for data, _ in items)), keys)
+
+
+for asked in ("image", "mask", "grey_truth", "fact", "content", "classes_of", "labels_of",
+              "knows_all"):  # fmt: skip
+    setattr(View, asked, partialmethod(View._ask, asked))
 
 
 def folders_in(root: Path) -> dict[str, Path]:

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lcco.config import Experiment, Profile
 from lcco.experiment.features import make_features
+from lcco.experiment.plan import MODULES
 from lcco.experiment.predictor import build_model
 from lcco.experiment.runs import environment
 from lcco.experiment.tables import label, row
@@ -22,7 +23,6 @@ from lcco.semantics import make_vocabulary
 
 TOWER, BACKBONE, BASELINE = "image tower", "backbone", "Baseline"
 CACHED, LCCO = "LCCo, embeddings cached", "LCCo, all"
-MODULES = "isfc", "clip_interaction", "clip_regularization"
 
 
 def bench(profile: Profile, repeats: int = 5) -> pd.DataFrame:
@@ -71,7 +71,7 @@ def parts(e: Experiment, images: int) -> tuple[dict[str, Callable], dict[str, in
     works = {TOWER: embed, BACKBONE: lambda: features.backbone(x)}
     works |= {name: partial(net, x[None], h, text) for name, net in nets.items()}
     works[LCCO] = lambda: nets[CACHED](x[None], embed(), text)
-    tower = getattr(features.tower._net, "visual", features.tower._net)
+    tower = getattr(features.tower.net, "visual", features.tower.net)
     modules = {TOWER: tower, BACKBONE: features.backbone, **nets}
     sizes = {name: sum(p.numel() for p in m.parameters()) for name, m in modules.items()}
     return works, sizes | {LCCO: sizes[CACHED] + sizes[TOWER]}

@@ -17,6 +17,7 @@ from lcco.metrics import Counts, Protocol, count, get_protocol, shuffled
 Segmenter = Callable[[CoSegData, list[int], str], Sequence[np.ndarray]]
 CHOICE = {"choice": "native", "choice-ufo": "ufo"}  # the choice test's size, threshold and void
 LEAST = 0.01  # choice: an object counts from this share of the image on
+SCORING_VERSION = 2  # raised by hand when the same maps would score otherwise
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,7 @@ def evaluate_all(segment: Segmenter, data: CoSegData, protocols: Sequence[str],
     """Score a segmenter under several protocols, with one pass for those that share their groups.
 
     Images are taken by key; `seed` draws the groups of `native`. Names in `CHOICE` give
-    `evaluate_choice`. Raises: LCCoError for an unknown protocol, a set without images, or maps that
-    are not in 0..1.
+    `evaluate_choice`. Raises: LCCoError for an unknown protocol, no images, or maps outside 0..1.
     """
     scorer = _Scorer(segment, data, group_size, seed)
     chosen = {name: get_protocol(name) for name in protocols if name not in CHOICE}
@@ -50,9 +50,10 @@ def evaluate_all(segment: Segmenter, data: CoSegData, protocols: Sequence[str],
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in chosen}
     found = scorer.maps([(members, label) for label, members, *_ in sets])
     for label, members, new, names in progress(sets, f"scoring {data.name}"):
-        for (i, values), name in product(zip(members[:new], next(found)[:new], strict=True), names):
-            counts, _ = scorer.compare(chosen[name], values, i, label)
-            rows[name].append(chosen[name].row(data.keys[i], label, counts))
+        for i, values in zip(members[:new], next(found)[:new], strict=True):
+            for name in names:
+                counts, _ = scorer.compare(chosen[name], values, i, label)
+                rows[name].append(chosen[name].row(data.keys[i], label, counts))
     ran = {name: sum(name in names for *_, names in sets) for name in chosen}
     out = {name: scorer.evaluation(name, p, rows[name], ran[name]) for name, p in chosen.items()}
     if CHOICE.keys() & set(protocols):
@@ -129,7 +130,7 @@ class _Scorer:
         """A map against the truth of item i: the counts, and the mask that it became."""
         ready = p.truth(self.truth(i, label), self.grey(i))
         mask = p.binarise(values, ready.shape)
-        return count(mask, ready), mask  # `truth` leaves void only where it is ignored
+        return count(mask, ready), mask
 
     def evaluation(self, name: str, p: Protocol, rows: list[dict], sets: int) -> Evaluation:
         rows = sorted(rows, key=lambda r: (r["class"], r["key"]))
@@ -139,26 +140,27 @@ class _Scorer:
     def choices(self) -> tuple[dict[str, dict[str, list[int]]], dict[str, Any]]:
         """Picture → class → the set that asks for it, the picture first; and what to tell."""
         plan, skipped, clean = {}, 0, []
-        holds: dict[str, dict[str, int]] = {}  # picture (content) → class → the item that shows it
+        shown: dict[str, dict[str, int]] = {}  # picture (content) → class → the item that shows it
         pairs = [(i, c) for c, items in self.classes.items() for i in items]
         for i, label in sorted(pairs, key=lambda pair: self.data.keys[pair[0]]):
-            holds.setdefault(self.data.content(i), {}).setdefault(label, i)
-        labels = {p: set(o).union(*map(self.data.labels_of, o.values())) for p, o in holds.items()}
-        for picture, own in holds.items():
-            areas = sorted((-self.area(i, c), c) for c, i in own.items()) if len(own) > 1 else []
-            if not areas or areas[1][0] > -LEAST:
+            shown.setdefault(self.data.content(i), {}).setdefault(label, i)
+        labels = {p: set(o).union(*map(self.data.labels_of, o.values())) for p, o in shown.items()}
+        for picture, own in shown.items():
+            areas = {c: self.area(i, c) for c, i in own.items()} if len(own) > 1 else {}
+            pair = [c for c in sorted(areas, key=lambda c: (-areas[c], c))[:2] if areas[c] >= LEAST]
+            if len(pair) < 2:
                 continue
-            pair, sets, free = (areas[0][1], areas[1][1]), {}, []
+            sets, without = {}, []  # of each class's mates, whether they are without the other
             for wanted, other in (pair, pair[::-1]):
-                mates = [p for p in holds if wanted in holds[p] and p != picture]
+                mates = [p for p in shown if wanted in shown[p] and p != picture]
                 mates = shuffled(mates, self.seed, f"{picture} {wanted}")
                 mates.sort(key=lambda p: other in labels[p])  # stable
-                shown = (p for p in mates if self.area(holds[p][wanted], wanted))
-                kept = [*islice(shown, self.group_size - 1)]
-                sets[wanted] = [own[wanted], *(holds[p][wanted] for p in kept)]
-                free.append([other not in labels[p] for p in kept])
-            if all(map(any, free)):
-                plan[picture], clean = sets, clean + sum(free, [])
+                seen = (p for p in mates if self.area(shown[p][wanted], wanted))
+                kept = [*islice(seen, self.group_size - 1)]
+                sets[wanted] = [own[wanted], *(shown[p][wanted] for p in kept)]
+                without.append([other not in labels[p] for p in kept])
+            if all(map(any, without)):
+                plan[picture], clean = sets, [*clean, *without[0], *without[1]]
             else:
                 skipped += 1
         share = sum(clean) / max(len(clean), 1)

@@ -112,8 +112,7 @@ class Features:
                keep: bool = True) -> tuple[Tensor | None, list[Tensor] | None]:  # fmt: skip
         """(images [n, 3, S, S] in 0..1, None) for a live backbone, else (None, leading maps).
 
-        Maps, never of crops: [n, C, h, w] each, in half precision where kept. `keep=False`: for
-        pictures seen once.
+        Maps, never of crops: [n, C, h, w] each, in half precision where kept (`keep`).
         """
         flips, crops = flips or [False] * len(items), crops or [None] * len(items)
         if self.stages and keep:

@@ -22,7 +22,8 @@ from lcco.metrics import resize_map
 from lcco.store import atomic_path
 
 PAGE = 6.9  # inches: the text width of a two-column page
-LOOK = ["seaborn-v0_8-paper", "tableau-colorblind10"]  # styles of matplotlib
+OPEN = {"axes.spines.top": False, "axes.spines.right": False}
+LOOK = ["seaborn-v0_8-paper", "tableau-colorblind10", OPEN]  # styles of matplotlib
 LINES = ("o-", "s--", "D-.", "^:", "v-", "P--", "o-.", "s:")
 ORANGE = (0.835, 0.369, 0.0)  # Okabe and Ito's vermilion
 
@@ -111,8 +112,7 @@ def maps_grid(pictures: Sequence[np.ndarray], maps: Mapping[str, Sequence[np.nda
 @style.context(LOOK)
 def heatmap(S: np.ndarray, words: Sequence[str], k: int = 0, top: int = 15) -> Figure:
     """S [N, P] of a set: the words with the largest column sums, the distilled K above a line."""
-    import seaborn
-
+    import seaborn  # a second of import that `lcco cosegment` need not pay
     best = np.argsort(-S.sum(0))[:top]
     figure, axes = new_figure(5.2, 0.5 + 0.21 * len(best))
     names = [shorten(words[i], 24, placeholder="…") for i in best]
@@ -128,8 +128,6 @@ def heatmap(S: np.ndarray, words: Sequence[str], k: int = 0, top: int = 15) -> F
 def _panels(rows: pd.DataFrame, draw: Callable[[Axes, pd.DataFrame], None], height: float,
             **grid: Any) -> Figure:  # fmt: skip
     """A panel for each test set and protocol, filled by `draw`; one legend above them all."""
-    from seaborn import despine  # a second of import that `lcco cosegment` need not pay
-
     parts = list(rows.groupby(["test_set", "protocol"], sort=False))
     across = 2 if len(parts) in (2, 4) else min(3, len(parts))
     grid |= {"nrows": -(-len(parts) // across), "ncols": across, "squeeze": False}
@@ -140,7 +138,6 @@ def _panels(rows: pd.DataFrame, draw: Callable[[Axes, pd.DataFrame], None], heig
         title = f"{label(test)}, {protocol}".removesuffix(", ")
         axes.set_title(fill(title, 55 // across), fontsize=8)
         axes.grid(linewidth=0.4, alpha=0.6)
-        despine(ax=axes)
     for axes in panels.flat[len(parts) :]:
         axes.remove()
     keys = {h.get_label(): h for a in figure.axes for h in a.get_legend_handles_labels()[0]}

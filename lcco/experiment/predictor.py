@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
 from lcco.backbones import about_start, read_about, read_tensors, reading
@@ -44,7 +45,7 @@ class Predictor:
     vocabulary: Vocabulary
     gt: bool = False  # "GT semantics": the true class replaces i* and the distilled prompts
     k: int | None = None  # distilled prompts, if not the trained number
-    keep: bool = True  # what is computed of the pictures on disk; wrong for pictures seen once
+    keep: bool = True  # write embeddings and maps to disk; False for pictures seen once
     experiment: Experiment | None = None  # what made the network, if known
 
     def __post_init__(self) -> None:
@@ -59,11 +60,11 @@ class Predictor:
         if self.gt:  # −1: none
             near = [-1 if c is None else self.vocabulary.nearest(c, f.tower) for _, c in sets]
             target = torch.tensor(near, device=device)
-        parts = images, f.embeddings(data, items, keep=self.keep), *(maps or [])
-        parts = [x if x is None else x.unflatten(0, shape).to(device).float() for x in parts]
+        every = images, f.embeddings(data, items, keep=self.keep), *(maps or [])
+        every = (x if x is None else x.unflatten(0, shape).to(device).float() for x in every)
+        (images, h, *maps), text = every, self.vocabulary.embeddings.to(device)  # [B, N, …] each
         with deterministic(f):
-            how = {"maps": parts[2:], "target": target, "k": self.k}
-            return self.model(*parts[:2], self.vocabulary.embeddings.to(device), **how)
+            return self.model(images, h, text, maps=maps, target=target, k=self.k)
 
     def many(self, data: CoSegData, sets: Iterable[Set]) -> Iterator[np.ndarray]:
         """Mask probabilities [n, S, S] in 0..1 of each set; neighbours of one size run together."""
@@ -94,8 +95,6 @@ def trained_on(experiment: Experiment) -> list[dict[str, Any]]:
 def save_model(path: Path, state: Mapping[str, Tensor], experiment: Experiment, features: Features,
                vocabulary: Vocabulary, **about: Any) -> None:  # fmt: skip
     """Write a model file: tensors, and beside them what is needed to build the network again."""
-    from safetensors.torch import save
-
     about |= {
         "experiment": experiment.model_dump(mode="json"), "training_version": TRAINING_VERSION,
         "vocabulary_hash": vocabulary.hash, "words": list(vocabulary.words),
