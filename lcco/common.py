@@ -28,7 +28,7 @@ class Missing(LCCoError):
 def project_root() -> Path:
     """The repository around the working directory, this package, or else that directory."""
     for folder in (Path.cwd(), *Path.cwd().parents, *Path(__file__).resolve().parents):
-        if (folder / "pyproject.toml").exists() and (folder / "notebooks").exists():
+        if (folder / "notebooks" / "profiles").is_dir():
             return folder
     return Path.cwd()
 

@@ -16,7 +16,7 @@ from pydantic import model_validator as checked
 from lcco.common import LCCoError, digest, one_line, project_root
 
 # Raised by hand when the same settings would train to other weights, so that runs made by older
-# code are never taken for new ones. 2: Eq. 12 by log-softmax, void left out of L_cs.
+# code are never taken for new ones. 2: Eq. 12 from logits, void left out of L_cs.
 TRAINING_VERSION = 2
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -48,7 +48,7 @@ class DataConfig(Settings):
     absent: Share = 0.0  # chance that one image of a group lacks the object
     given: Share = 0.0  # Deviation: share of groups of two classes, told which one is meant
     flip: bool = False
-    crop: Annotated[float, Field(gt=0, le=1)] = 1.0  # smallest side of a random crop, as a share
+    crop: Annotated[float, Field(gt=0, le=1)] = 1.0  # smallest side; Deviation: the tower sees all
 
 
 class TowerConfig(Settings):
@@ -162,8 +162,10 @@ class Experiment(Settings):
             part, _, name = key.rpartition(".")
             if key in parts and isinstance(value, Mapping):
                 parts[key].update(value)
+            elif part in parts:
+                parts[part][name] = value
             else:
-                parts.get(part, tree)[name] = value  # an unknown one is refused by what follows
+                tree[key] = value  # an unknown one is refused by what follows
         return typed(tree, Experiment)
 
 
@@ -177,7 +179,7 @@ class Profile(Settings):
     seeds: Seeds = (0,)
     protocols: Annotated[Names, Field(min_length=1)] = ("ufo", "native")
     group_size: Positive = 5
-    ablation_seeds: Seeds = (0,)  # of Tables 2 to 4
+    ablation_seeds: Seeds = (0,)  # of Tables 2 to 4, Fig. 3
     reading_seeds: Seeds = (0,)  # of what the paper leaves open
     ablation_tests: Names = ()  # the sets in the place of iCoseg
     k_values: tuple[Positive, ...] = (1, 3, 5, 7, 9)  # Table 4's numbers of distilled prompts

@@ -96,5 +96,5 @@ def kept(path: Path, make: Callable[[], Any]) -> Any:
         return np.load(path, mmap_mode="r") if array else json.loads(path.read_text("utf-8"))
     except (ValueError, EOFError) as error:
         print(f"{path}: damaged ({error}), made again", file=sys.stderr)
-        path.unlink()
+        path.unlink(missing_ok=True)
         return kept(path, make)

@@ -78,6 +78,10 @@ def test_trains_scores_and_refuses_pictures_it_was_trained_on(place: Path, says,
         rows = table(printed.out)
         assert {r["images"] for r in rows} == {"14"}
         assert all(0 <= float(r["J"]) <= 100 for r in rows) and len(rows) == 2
+    both = ["--protocol", "ufo,choice", "--group-size", "2", "--allow-overlap"]
+    assert cli.main(["evaluate", run.name, "--data", "voc_train", *both]) == 0
+    ufo, choice = table(capsys.readouterr().out)
+    assert ufo["leak"] == "nan" and 0 <= float(choice["leak"]) <= 100
     assert "trained on" in says("evaluate", run.name, "--data", "voc_train")
     unknown = says("evaluate", run.name, "--data", "msrc7", "--protocol", "uvo")
     assert "no protocol `uvo`" in unknown and "ufo" in unknown
@@ -201,18 +205,3 @@ def test_the_command_itself():
     assert done.returncode == 0 and "cosegment" in done.stdout and seconds < 5
     done, _ = run("train", "--profile", "none")
     assert done.returncode == 2 and done.stderr.startswith("lcco: no profile `none`")
-
-
-def test_help_and_import_load_nothing_heavy():
-    code = (
-        "import sys, lcco, lcco.cli; lcco.cli.main(['--help']); lcco.LCCoError\n"
-        "heavy = {'torch', 'pandas', 'numpy', 'PIL', 'matplotlib', 'timm', 'pydantic'}\n"
-        "print('heavy:', heavy & set(sys.modules))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "heavy: set()" in done.stdout, done.stdout
-    assert set(lcco.__all__) > {"cosegment", "cosegment_folder", "open_run"}
-    for name in lcco.__all__:
-        assert getattr(lcco, name)
-    with pytest.raises(AttributeError, match="nosuch"):
-        _ = lcco.nosuch

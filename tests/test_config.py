@@ -36,7 +36,9 @@ def test_an_experiment_survives_json():
     [
         ({"model.kk": 3}, "unknown setting `model.kk`; did you mean `model.k`"),
         ({"k": 3}, "unknown setting `k`; did you mean `model.k`"),
-        ({"seed.k": 3}, "unknown setting `k`"),
+        ({"seed.k": 3}, "unknown setting `seed.k`; did you mean `model.k`"),
+        ({"foo.seed": 9}, "unknown setting `foo.seed`; did you mean `seed`"),
+        ({"experiment.data.train": "a"}, "unknown setting `experiment.data.train`"),
         ({"model": 3}, "`model` is 3"),
         ({"model.k": 0}, "`model.k` is 0"),
         ({"model.k": 2.5}, "`model.k` is 2.5"),

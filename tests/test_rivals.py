@@ -129,6 +129,7 @@ def weights(tmp_path_factory) -> dict[str, str]:
         for name, make in {"sam": tiny_sam, "sam3": tiny_sam3, "clipseg": tiny_clipseg}.items():
             for part in make(T):
                 part.save_pretrained(root / name)
+            (root / name / ".cache").mkdir()  # as `hf download --local-dir` leaves it
             out[name] = str(root / name)
     return out
 

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import drawn
 import numpy as np
@@ -226,6 +227,18 @@ def test_averaged_weights_choose_the_checkpoint_as_they_are_scored_later(base, t
     own, mean = trained_state(one.model), trained_state(one.averaged)
     assert same(weights(tmp_path / "a"), mean)
     assert not torch.equal(own["head.1.weight"], mean["head.1.weight"])
+
+
+def test_the_holdout_score_by_hand():
+    """Seven images in sets of five: what completes the second set counts no second time."""
+    truths = np.zeros((7, 4, 4), np.uint8)
+    truths[:6, 1:3] = 1  # the last one shows nothing, and nothing is found: right
+
+    def predict(data, members, cls):
+        return [truths[i] * (i > 4 or 5 not in members) * 1.0 for i in members]
+
+    predict.features = SimpleNamespace(truth=lambda data, i, classes: truths[i])
+    assert holdout_score(predict, SimpleNamespace(groups={"a": range(7)}), 5) == 1.0
 
 
 def test_half_precision_is_for_the_steps_alone(base, tmp_path):

@@ -54,7 +54,7 @@ class Rival:
     def __init__(self, features: Features, words: Vocabulary, weights: str | None = None) -> None:
         self.features, self.words, self.weights = features, words, weights
         self.device = torch.device(features.device)
-        self.look = lru_cache(256)(self.look)  # so that two protocols share what was found
+        self.look = lru_cache(None)(self.look)  # until all protocols have seen the set
 
     def look(self, data: CoSegData, i: int, word: str = "") -> Any:
         """What the network finds in one picture (of a word); remembered, so it must be compact."""
@@ -105,7 +105,7 @@ class Rival:
         """What decides the masks; then data and environment of the scores. Raises: Missing."""
         out = {"rival": self.name, "form": FORM, "settings": self.settings, "data": {}}
         if self.model:
-            out["weights"] = digest({f.name: file_digest(f) for f in self.folder.glob("*.*")})
+            out["weights"] = digest({f.name: file_digest(f) for f in self.folder.glob("[!.]*.*")})
         if self.semantic:
             out |= {"tower": self.features.tower.identity, "templates": self.words.templates}
             out["vocabulary_hash"] = self.words.hash

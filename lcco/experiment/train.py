@@ -91,7 +91,7 @@ def holdout_score(predict: Predictor, data: CoSegData, group_size: int) -> float
         for members, scored in consecutive_groups(list(indices), group_size, repeat=False):
             for i, p in list(zip(members, predict(data, members, cls), strict=True))[:scored]:
                 truth = predict.features.truth(data, i, (cls,))
-                scores.append(count(p > 0.5, truth).jaccard("one") or 0.0)
+                scores.append(count(p > 0.5, truth).jaccard("one"))
     return float(np.mean(scores))
 
 
@@ -116,7 +116,8 @@ class Trainer:
         self.checkpoint = self.folder / "checkpoint.pt"
         # Autocast is switched on in `step` alone, so that validation runs as later scoring does.
         unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-        self.accelerator = a = Accelerator(mixed_precision="no", kwargs_handlers=[unused])
+        how = {"cpu": not torch.cuda.is_available(), "kwargs_handlers": [unused]}
+        self.accelerator = a = Accelerator(mixed_precision="no", **how)
         self.model = build_model(experiment, self.features, self.vocabulary).to(a.device)
         if start := experiment.train.start:
             fill(self.model, model_file(start), self.features, self.vocabulary, start=True)
@@ -124,15 +125,7 @@ class Trainer:
         self.averaged = deepcopy(self.model) if experiment.train.ema else self.model
         states = (trained_state(model).values() for model in (self.averaged, self.model))
         self.means = list(zip(*states, strict=True))  # a mean, and what it follows
-        t = experiment.train
-        rates = {"backbone.": t.backbone_lr, "clip_regularization.mlp3": t.lr * t.mlp3_lr, "": t.lr}
-        parts: dict[str, list[Tensor]] = {part: [] for part in rates}
-        for name, p in self.model.named_parameters():
-            if p.requires_grad:
-                parts[next(part for part in rates if name.startswith(part))].append(p)
-        groups = [{"params": parts[n], "lr": r, "full_lr": r} for n, r in rates.items() if parts[n]]
-        optimizer = torch.optim.AdamW(groups, weight_decay=t.weight_decay, fused=True)
-        self.net, self.optimizer = a.prepare(self.model, optimizer)
+        self.net, self.optimizer = a.prepare(self.model, self._optimizer())
         names = {"group_size", "class_sampling", "paired", "absent", "flip", "crop"}
         m, how = experiment.model, {"groups": d.groups * a.num_processes, "seed": experiment.seed}
         how["given"] = d.given * (m.clip_interaction or m.clip_regularization)  # who can be told
@@ -142,6 +135,17 @@ class Trainer:
         self.state["machines"] = []  # the last of them is this one
         self.log: list[dict[str, float]] = []  # the lines of `metrics.jsonl`
         self.since: list[dict[str, Tensor]] = []  # losses since the last of them
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        """AdamW, with a group of parameters for each learning rate."""
+        t = self.experiment.train
+        rates = {"backbone.": t.backbone_lr, "clip_regularization.mlp3": t.lr * t.mlp3_lr, "": t.lr}
+        parts: dict[str, list[Tensor]] = {part: [] for part in rates}
+        for name, p in self.model.named_parameters():
+            if p.requires_grad:
+                parts[next(part for part in rates if name.startswith(part))].append(p)
+        groups = [{"params": parts[n], "lr": r, "full_lr": r} for n, r in rates.items() if parts[n]]
+        return torch.optim.AdamW(groups, weight_decay=t.weight_decay, fused=True)
 
     def fit(self, stop_at: int | None = None) -> dict[str, Any]:
         """Train from the checkpoint, if there is one, to the last step, or to `stop_at`.
@@ -166,12 +170,12 @@ class Trainer:
                 coming = loader.submit(self.batch, n)  # while this one is learned from
                 self.since.append(self.step(batch))
                 due = n % t.eval_every == 0 or n == t.steps
-                if line := due or n % LOG_EVERY == 0:
+                if logged := due or n % LOG_EVERY == 0:
                     self._log(due)
                 self.state["seconds"] += time.monotonic() - began
                 began = time.monotonic()
                 # Only after a line of the log, so that a log is the same however a run was cut.
-                if due or n == steps.stop or (line and began - saved > 60):
+                if due or n == steps.stop or (logged and began - saved > 60):
                     self.save()
                     saved = began
         if self.state["step"] >= t.steps:
@@ -191,7 +195,8 @@ class Trainer:
         items, flips, crops = ([x for d in draws for x in getattr(d, name)]
                                for name in ("items", "flips", "crops"))  # fmt: skip
         images, maps = f.visual(self.data, items, flips, crops)
-        truths = [f.truth(self.data, *p, crop) for p, crop in zip(pairs, crops, strict=True)]
+        truth = f.truth if self.sampler.crop == 1 else f.truth.__wrapped__  # no crop comes again
+        truths = [truth(self.data, *p, crop) for p, crop in zip(pairs, crops, strict=True)]
         truths = [t[:, ::-1] if flip else t for t, flip in zip(truths, flips, strict=True)]
         true, given = None, None
         if source == "name":  # −1: no such word, or a group that shares several classes
@@ -242,7 +247,8 @@ class Trainer:
     @torch.no_grad()
     def _average(self) -> None:
         """Move the average; the first steps' is short, to forget the initial weights."""
-        decay = min(self.experiment.train.ema, (n := self.state["step"]) / (9 + n))
+        n = self.state["step"]
+        decay = min(self.experiment.train.ema, n / (9 + n))
         for mean, now in self.means:
             mean.lerp_(now, 1 - decay) if mean.is_floating_point() else mean.copy_(now)
 
@@ -278,7 +284,8 @@ class Trainer:
         if self.accelerator.is_main_process:
             own = {"model": trained_state(self.model), "averaged": trained_state(self.averaged)}
             own |= {"optimizer": self.optimizer.state_dict(), "data": self.data.identity()}
-            torch.save(own | {"state": self.state, "log": self.log}, data := io.BytesIO())
+            data = io.BytesIO()
+            torch.save(own | {"state": self.state, "log": self.log}, data)
             with atomic_path(self.checkpoint) as part:  # see `save_model`
                 part.write_bytes(data.getbuffer())
             lines = [f"{json.dumps(line)}\n" for line in self.log]
