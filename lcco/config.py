@@ -34,7 +34,7 @@ class Settings(BaseModel):
 
 
 class DataConfig(Settings):
-    """What a model is trained on. A set is a known name (`lcco.data.known_sets`) or a folder."""
+    """What a model is trained on. A set is a known name (`lcco.data.KNOWN_SETS`) or a folder."""
 
     train: Annotated[Names, Field(min_length=1)] = ("voc_train",)
     holdout: Names = ("voc_val",)  # held-out part of the training fold; chooses the checkpoint

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import os
 from pathlib import Path
@@ -195,6 +196,34 @@ def test_arrays(tmp_path: Path) -> None:
             to_rgb(bad)
     with pytest.raises(ValueError, match="values from 7 to 7, not in 0 to 1"):
         to_rgb(np.full((4, 4), 7.0))
+
+
+# 40 × 24 pixels, red in the upper left; written by pillow-heif, whose encoder is not needed here.
+HEIC = (
+    "AAAAHGZ0eXBoZWljAAAAAG1pZjFoZWljbWlhZgAAAXxtZXRhAAAAAAAAACFoZGxyAAAAAAAAAABwaWN0AAAAAAAAAAAA"
+    "AAAAAAAAACJpbG9jAAAAAERAAAEAAQAAAAABoAABAAAAAAAAAeYAAAAjaWluZgAAAAAAAQAAABVpbmZlAgAAAAABAABo"
+    "dmMxAAAAAA5waXRtAAAAAAABAAAA/GlwcnAAAADcaXBjbwAAAHVodmNDAQNwAAAAkAAAAAAAHvAA/P34+AAADwNgAAEA"
+    "GEABDAH//wNwAAADAJAAAAMAAAMAHroCQGEAAQApQgEBA3AAAAMAkAAAAwAAAwAeoCCBBZbqrprm4CGgwIAAAAyAAAAD"
+    "AIRiAAEABkQBwXPBiQAAABNjb2xybmNseAABAA0ABoAAAAAUaXNwZQAAAAAAAABAAAAAQAAAAChjbGFwAAAAKAAAAAEA"
+    "AAAYAAAAAf///+gAAAAC////2AAAAAIAAAAQcGl4aQAAAAADCAgIAAAAGGlwbWEAAAAAAAAAAQABBYECAwWEAAAB7m1k"
+    "YXQAAAHiKAGvBjII87gXgOo0Vg+c94o8WsPdXi26VGDMbiXvEQllE/Z3oPyM9YLXB5skVZ2jabd+Kv6cKtkcr/2UrHMy"
+    "o+fBqAcqnN+pVmfSh+rmTfx7//W7Qk6eEOYlirkgT9XsAQH/+gahEIph1HVWqOa/hTEunPXzXQoor2IhPgnY4jm0EEnq"
+    "ry/E2VN+/GoqyAiONe7W3qYnuObNJSS1bu2WUCoHliRaCj/pH/mmgKiU+8Z66q5BmPqZn/w9QGS20t8kDzLbINIIerPu"
+    "8c5/mBczyeDCBX8drdqgU5SuuzsRXl/sZVegLFU4DzkE5Jt7wW4pb7aeyv4ARrPLubiZP/2hbmPxtJd/TNO7vK/GX6W8"
+    "iiF9E58fW/up+iUoySFtjqNzch6maTtbfxH4LFmPtwnes+swJRaufF4yLzzxPml7QCFDqZT2suQkXGarWeM9PrlbqIpQ"
+    "XSsT5aIH7uI3LIDqAR6Giy7oHHHWwPABgt855HauhYsal6rsldPGSy1DlO7c+rKpMGTrVqvYf6t5hxzeMfTp4tNhzQSw"
+    "K/WiBFzOi1dJ9TgwjKKiNWA0ioQ50f+JLCYU7pU/0KEYE6+jLeZcHfkIdm+3N9oVvdJNRnbmqKnnRP2SynJsVskit1Qk"
+    "gRYWAnc="
+)
+
+
+@pytest.mark.parametrize("name", ["photo.heic", "photo.HEIF", "sent.jpg"])
+def test_what_phones_write_is_read(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(base64.b64decode(HEIC))
+    image = read_picture(tmp_path / name)
+    assert image.size == picture_size(tmp_path / name) == (40, 24) and image.mode == "RGB"
+    assert image.getpixel((2, 2))[0] > 240 > 20 > max(image.getpixel((2, 2))[1:])
+    assert pictures_in(tmp_path) == [tmp_path / name]
 
 
 def test_errors_are_one_line_that_names_the_file(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from lcco.common import LCCoError, Missing, digest
 from lcco.data import load_data
 from lcco.data import sets as d
 from lcco.data.coco import COCOData
-from lcco.data.load import known_sets, open_folder
+from lcco.data.load import KNOWN_SETS, open_folder
 
 
 @pytest.fixture(autouse=True)
@@ -743,7 +743,7 @@ def test_unknown_names_and_layouts(tmp_path: Path) -> None:
     (tmp_path / "PASCAL_VOC/fold_train.txt").write_text("bird/bi_00\nbird/bi_77\n")
     with _refused("fold_train.txt: `bird/bi_77` has no image"):
         load_data("pascal_fold_train")
-    assert {"voc_more", "coco_voc20", "glyphworld_choice", "coco_seg"} < set(known_sets())
+    assert {"voc_more", "coco_voc20", "glyphworld_choice", "coco_seg"} < set(KNOWN_SETS)
 
 
 # --------------------------------------------------------------------- any names, any modes

@@ -31,23 +31,19 @@ _SETS: dict[str, tuple[Sequence[str], Sequence[str]]] = {
 _LAYOUTS = {"voc": ("JPEGImages/", "SegmentationClass*"), "coco": ("annotations/instances_*.json",),
             **SIDES, "rubinstein": ("*/GroundTruth",)}  # fmt: skip
 _DRAWN = tuple(f"glyphworld_{f}" for f in ("pretrain", "train", "holdout", "test", "choice"))
-
-
-def known_sets() -> tuple[str, ...]:
-    """The names that `load_data` knows beside folders."""
-    return (*_SETS, *_DRAWN)
+KNOWN_SETS = (*_SETS, *_DRAWN)  # the names that `load_data` knows beside folders
 
 
 def load_data(names: str | Sequence[str], *, counts: Mapping[str, int] | None = None,
               without: Sequence[str] = ()) -> CoSegData:  # fmt: skip
-    """The set of a known name (`known_sets`) under `LCCO_DATA`, or of a folder in a known layout.
+    """The set of a known name (`KNOWN_SETS`) under `LCCO_DATA`, or of a folder in a known layout.
 
     names: several are joined. counts: how many pictures a drawn set has (of each class, for the
     test fold). without: sets whose pictures are left out, by look. Raises: Missing, LCCoError.
     """
     words = [names] if isinstance(names, str) else list(names)
     if not words or not all(word.strip() for word in words):
-        raise LCCoError(f"no data set is named; give a folder or one of {', '.join(known_sets())}")
+        raise LCCoError(f"no data set is named; give a folder or one of {', '.join(KNOWN_SETS)}")
     parts, others = ([_load(w, (counts or {}).get(w)) for w in some] for some in (words, without))
     items = [(part, i) for part in parts for i in range(len(part))]
     data = parts[0] if len(parts) == 1 else View("+".join(words), items)
@@ -70,7 +66,7 @@ def _load(name: str, count: int | None) -> CoSegData:
     path = next((path for path in folders if path.is_dir()), None)
     if path is None:
         what = f"no such folder, also not {folders[1]}, and no known set"
-        raise bad(f"data `{name}`", what, f"known are {', '.join(known_sets())}")
+        raise bad(f"data `{name}`", what, f"known are {', '.join(KNOWN_SETS)}")
     return open_folder(path).complete()
 
 

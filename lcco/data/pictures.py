@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from pi_heif import register_heif_opener
 from PIL import Image, ImageOps
 
 from lcco.common import VOID, LCCoError, one_line
@@ -54,6 +55,7 @@ def pictures_in(folder: Path | str) -> list[Path]:
 @contextlib.contextmanager
 def _opened(path: Path | str) -> Iterator[Image.Image]:
     """A picture file; whatever a decoder raises becomes one line."""
+    register_heif_opener()  # for what phones write
     try:
         with open(path, "rb") as file, Image.open(file) as image:
             yield image
