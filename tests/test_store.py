@@ -4,11 +4,12 @@ import multiprocessing
 import os
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from lcco.common import LCCoError, Missing, digest, duration, few, place, progress
+from lcco.common import LCCoError, Missing, digest, duration, few, place, progress, project_root
 from lcco.store import atomic_path, kept, lock, read_json, write_json, write_text
 
 
@@ -114,6 +115,13 @@ def test_missing_says_what_a_table_says():
     missing = Missing("data", "msrc7", "set LCCO_DATA")
     assert str(missing) == "data `msrc7` not found: set LCCO_DATA"
     assert missing.status == "not run: data not found (msrc7)"
+
+
+def test_another_project_with_notebooks_is_not_the_repository(tmp_path, monkeypatch):
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "pyproject.toml").write_text("")
+    monkeypatch.chdir(tmp_path)
+    assert project_root() == Path(__file__).parents[1]
 
 
 def test_small_words():
