@@ -136,7 +136,6 @@ def cosegment(
 ) -> None:  # fmt: skip
     """Find what photos have in common, and cut it out of each."""
     settings = locals()  # its options are those of the function
-
     from lcco.cosegmentation import cosegment_folder
 
     records = cosegment_folder(settings.pop("sources") or (), **settings)
@@ -151,5 +150,7 @@ def bench(
     """Time LCCo, its Baseline and its parts on this machine."""
     from lcco.config import load_profile
     from lcco.experiment.bench import bench as measure
-
-    print(measure(load_profile(profile), repeats).to_markdown(index=False))
+    from lcco.experiment.tables import label
+    rows = measure(load_profile(profile), repeats).rename(columns=label)
+    shown = ["row", "test_set", "device", "threads", "parameters", "flops", "seconds", "ratio"]
+    print(rows[list(map(label, shown))].to_markdown(index=False, floatfmt=".3f"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lcco.cli import main
 from lcco.config import load_profile
 from lcco.experiment import bench as bench_
 from lcco.experiment.bench import MODULES, bench, flops, parts
@@ -57,6 +58,14 @@ def test_operations_of_a_part_are_worked_by_hand(measured):
     works, _ = measured
     added = flops(works["Baseline + ISFC"]) - flops(works["Baseline"])
     assert added == 2 * (projections + attention + merge + ffn1 + conv)
+
+
+def test_the_command_prints_what_fits_a_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(bench_, "seconds", lambda work: 1.0)
+    assert main(["bench", "--profile", "smoke", "--repeats", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + 8 and max(map(len, lines)) <= 120
+    assert "GFLOPs" in lines[0] and "LCCo, all" in lines[-1] and "3 × 64 px" in lines[-1]
 
 
 def test_the_least_of_the_rounds_counts_and_the_first_warms_up(monkeypatch):
