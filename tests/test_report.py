@@ -80,6 +80,20 @@ def test_a_profiles_page(report, tmp_path: Path):
     assert "[csv](table1_main.csv), [tex](table1_main.tex)" in text and "\n\n\n" not in text
 
 
+def test_the_index_never_averages_over_test_sets(report, tmp_path: Path):
+    rows = []
+    for test, J in (("msrc7", 80.0), ("pascal1037", 60.0)):
+        for size in (2, 5):
+            (row,) = measured("LCCo", [J + size], table="more_images", test_set=test)
+            rows.append(row | {"group_size": size})
+    how = {"index": ("group_size",), "columns": "row", "block": "test_set"}
+    table = Table("more_images", pd.DataFrame(rows), title="More", **how)
+    table.write(tmp_path / "lite", runs_of(table))
+    text = report.results_index(tmp_path).read_text(encoding="utf-8")
+    assert "Numbers of lite, MSRC7" in text and "Numbers of lite, PASCAL" in text
+    assert all(f"{J:.1f} |" in text for J in (82, 85, 62, 65)) and " ± " not in text.split("##")[-1]
+
+
 def test_the_index_shows_profiles_beside_each_other_and_the_paper(report, tmp_path: Path):
     for profile, J in (("lite", 60.0), ("embedded", 40.0)):
         rows = pd.DataFrame(measured("SAM", [J], table="table5_foundation"))

@@ -44,8 +44,12 @@ def results_index(results: Path) -> Path:
         if own := [t for t in written if t.name == name and "J" in t.values]:
             printed = own[0].rows[own[0].rows["status"] == QUOTED]
             parts = [t.rows[t.rows["protocol"] == t.rows["protocol"].iloc[0]] for t in own]
-            parts = [rows.assign(numbers=f"of {rows['profile'].iloc[0]}") for rows in parts]
-            rows = pd.concat([*parts, printed.assign(numbers="as printed")], ignore_index=True)
+            rows = pd.concat(parts, ignore_index=True)
+            whose = "of " + rows["profile"]
+            if own[0].columns != "test_set":  # its columns are something else
+                whose += ", " + rows["test_set"].map(label)
+            parts = [rows.assign(numbers=whose), printed.assign(numbers="as printed")]
+            rows = pd.concat(parts, ignore_index=True)
             index = [column for column in own[0].index if column != "uses_class_labels"]
             how = {"columns": own[0].columns, "values": ("P", "J"), "block": "numbers"}
             tables.append(Table(name, rows, own[0].title, index, **how))

@@ -23,7 +23,7 @@ COMPONENTS: Variants = {  # Table 2
     {0: "Baseline", 3: "LCCo"}.get(n, " + ".join(MODULES[module] for module in on)):
     {f"model.{module}": False for module in MODULES if module not in on}
     for n in range(4) for on in combinations(MODULES, n)}  # fmt: skip
-LOSSES: Variants = {  # Table 3. Without L_c nothing trains MLP3: its choice stays random.
+LOSSES: Variants = {  # Table 3. Without L_c nothing trains MLP3: it stays as it began.
     "L_iou": {"loss.lambda_cs": 0.0, "loss.lambda_c": 0.0}, "L_iou + L_cs": {"loss.lambda_c": 0.0},
     "L_iou + L_c": {"loss.lambda_cs": 0.0}, "L_iou + L_cs + L_c": {}}  # fmt: skip
 
