@@ -167,10 +167,9 @@ def _segment(predictor: Predictor, results: list[Result], cls: str | None, keep:
     data.image, data.content = pictures.__getitem__, data.keys.__getitem__  # there are no files
     edges = np.linspace(0, len(good), -(-len(good) // AT_ONCE) + 1).round().astype(int)
     for a, b in pairwise(edges.tolist()):
-        items = [0, 0] if len(good) == 1 else range(a, b)  # a lone one stands beside itself
-        out = predictor.output(data, (items, cls))
-        similarities.append(out.similarity[0, : b - a])
-        for result, logits in zip(good[a:b], out.logits[0], strict=False):
+        out = predictor.output(data, (range(a, b), cls))
+        similarities.append(out.similarity[0])
+        for result, logits in zip(good[a:b], out.logits[0], strict=True):
             result.probability = logits.float().sigmoid().cpu().numpy()
     S = torch.cat(similarities)  # [n, P]
     words, agreements = _words(predictor, S), _agreement(S * f.tower.logit_scale)

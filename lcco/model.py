@@ -83,10 +83,11 @@ class Modulation(nn.Module):
 class ISFC(nn.Module):
     """Image-set feature correspondence: cross-attention of each image's map to every other's.
 
-    All edges share the weights, so any N works; a lone image passes through. softmax: `neighbours`
-    weighs the J edges of a channel and position; `channels`, the paper's sentence read literally,
-    all J·C channels. Deviation: the latter's average, of α near 1/(J·C), gets the norm of the plain
-    one; heads, norm and layer sizes follow SuperGlue, which the paper cites and builds on.
+    All edges share the weights, so any N works. Deviation: a lone image attends to itself; what
+    passed through would be a map that later layers never saw. softmax: `neighbours` weighs the J
+    edges of a channel and position; `channels`, the paper's sentence read literally, all J·C
+    channels. Deviation: the latter's average, of α near 1/(J·C), gets the norm of the plain one;
+    heads, norm and layer sizes follow SuperGlue, which the paper cites and builds on.
     """
 
     def __init__(self, channels: int, *, softmax: str = "neighbours", bytes_at_once: int = 2**28):
@@ -108,9 +109,10 @@ class ISFC(nn.Module):
 
     @staticmethod
     def neighbours(group: Tensor) -> tuple[Tensor, Tensor]:
-        """Each image's other images of its group: index and valid, [M, J] each; group: [M]."""
+        """Each image's others of its group, or else itself: index, valid: [M, J]; group: [M]."""
         same = (group[:, None] == group).fill_diagonal_(False)
-        J = int(same.sum(1).max()) if len(group) else 0
+        same = same | torch.diag(~same.any(dim=1))
+        J = int(same.sum(1).max())
         index = same.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :J]
         return index, same.gather(1, index)
 
@@ -147,19 +149,18 @@ class ISFC(nn.Module):
     def forward(self, x: Tensor, group: Tensor) -> Tensor:
         """Refine F¹ [M, C, H, W]. group: [M] group numbers."""
         index, valid = self.neighbours(group)  # [M, J] each
-        J, out = index.shape[1], x.clone()
-        nodes = valid.any(dim=1).nonzero()[:, 0]  # images that have neighbours
+        (M, J), out = index.shape, []
         q, k, v = (self.tokens(f(x)) for f in (self.query, self.key, self.value))
         # Batch statistics see all edges in training; evaluation goes in parts where a set is large.
         edge_bytes = 10 * x[:1].numel() * x.element_size()  # about: F_i, m, FFN1's maps, α
-        at_once = len(nodes) if self.training else self.bytes_at_once // (edge_bytes * max(J, 1))
-        for i in nodes.split(max(1, at_once)) if len(nodes) else ():
+        at_once = M if self.training else self.bytes_at_once // (edge_bytes * J)
+        for i in torch.arange(M, device=x.device).split(max(1, at_once)):
             has = valid[i]  # [m, J]
             src, dst = i[:, None].expand_as(has)[has], index[i][has]  # [E] each
             bar = self.edge(x[src], q[src], k[dst], v[dst])  # [E, C, H, W]
             edges = bar.new_zeros(*has.shape, *x.shape[1:]).index_put((has,), bar)
-            out = out.index_put((i,), self.aggregate(edges, has))
-        return out
+            out.append(self.aggregate(edges, has))
+        return torch.cat(out)
 
 
 class CLIPInteraction(nn.Module):

@@ -45,8 +45,9 @@ MUTANTS = {
         ("x[src], q[src], k[dst], v[dst]", "x[src], q[src], k[dst], v[src]"),
         ("alpha = scores.softmax(dim=1)", "alpha = scores.softmax(dim=-1)"),
         ("average = (alpha * edges).sum(dim=1)", "average = edges.mean(dim=1)"),
-        ("len(nodes) if self.training else", "0 if self.training else"),
+        ("M if self.training else", "0 if self.training else"),
         (".fill_diagonal_(False)", ".fill_diagonal_(True)"),
+        ("same | torch.diag(~same.any(dim=1))", "same"),
         ("norm(plain) / norm(average).clamp(min=1e-12)", "edges.shape[2]"),
         ("HEADS = 4", "HEADS = 2"),
         # Eq. 3, 4 and 5
