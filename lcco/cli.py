@@ -132,7 +132,7 @@ def cosegment(
     weights: Annotated[str | None, Option(metavar="FILE|RUN", help="Another model.")] = None,
     threshold: Annotated[float, Option(metavar="T", help="0 to 1; lower: larger masks.")] = 0.5,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace lcco's results there.")] = False,
-    keep_all: Annotated[bool, Option("--keep-all", help="Masks of all that lack it, too.")] = False,
+    keep_all: Annotated[bool, Option("--keep-all", help="Keep masks of what lacks it.")] = False,
 ) -> None:  # fmt: skip
     """Find what photos have in common, and cut it out of each."""
     settings = locals()  # its options are those of the function

@@ -8,7 +8,7 @@ import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ class Rival:
     def __init__(self, features: Features, words: Vocabulary, weights: str | None = None) -> None:
         self.features, self.words, self.weights = features, words, weights
         self.device = torch.device(features.device)
-        self.look = lru_cache(None)(self.look)  # until all protocols have seen the set
+        self.look = cache(self.look)  # until all protocols have seen the set
 
     def look(self, data: CoSegData, i: int, word: str = "") -> Any:
         """What the network finds in one picture (of a word); remembered, so it must be compact."""
