@@ -107,6 +107,8 @@ def to_rgb(image: Image.Image | np.ndarray) -> Image.Image:
         if not image.size or image.ndim < 2 or image.shape[2:] not in ((), (1,), (3,), (4,)):
             raise ValueError(f"an array of shape {list(image.shape)}; it must be [H, W, 1, 3 or 4]")
         image = _eight_bits(image[..., 0] if image.shape[2:] == (1,) else image)
+    elif not isinstance(image, Image.Image):
+        raise ValueError(f"a {type(image).__name__}; give paths, PIL images or arrays")
     elif image.mode[0] in "FI":
         image = _eight_bits(image)
     if image.has_transparency_data:

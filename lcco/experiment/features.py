@@ -61,19 +61,13 @@ class Features:
             self.masked(data, [], background)
 
     def embeddings(self, data: CoSegData, items: Sequence[int], *, keep: bool = True) -> Tensor:
-        """Image embeddings [n, D] of the tower; the set is embedded whole at the first call.
-
-        `keep=False` writes nothing to disk: for pictures seen once.
+        """Image embeddings [n, D] of the tower. The first call embeds the whole set, and writes
+        it to disk if `keep` (not of pictures that are seen once).
         """
 
         def make() -> np.ndarray:
-            first: dict[str, int] = {}  # a picture that stands in two classes is embedded once
-            for i in range(len(data)):
-                first.setdefault(data.content(i), i)
-            items = progress(first.values(), f"embedding {data.name}", len(first))
-            vectors = self.tower.encode_images(data.image(i) for i in items).float().numpy()
-            row = {content: n for n, content in enumerate(first)}
-            return vectors[[row[data.content(i)] for i in range(len(data))]]
+            items = progress(range(len(data)), f"embedding {data.name}")
+            return self.tower.encode_images(map(data.image, items)).float().numpy()
 
         stored = self._kept("embeddings", [data.digest(), self.tower.identity], make, keep)
         return torch.from_numpy(stored[np.array(items, int)])
