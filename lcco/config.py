@@ -89,8 +89,8 @@ class ModelConfig(Settings):
 class LossConfig(Settings):
     """Eq. 9's weights and the open points of Eq. 12.
 
-    λ2 and `lc_reduction` change little: they scale the gradient of MLP3 alone, and AdamW divides a
-    gradient by its own size. `train.mlp3_lr` changes MLP3's steps.
+    λ2 and `lc_reduction` scale the gradient of MLP3 alone, which nothing but L_c reaches, and AdamW
+    divides a gradient by its own size: they change little. `train.mlp3_lr` changes MLP3's steps.
     """
 
     lambda_cs: NotNegative = 1.0

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, unquote
 
 import jinja2
 import numpy as np
@@ -40,7 +39,7 @@ EMPTY = 0.001  # a mask below this share of the picture is no object
 # a picture of less evidence lacks the object, one of less probability the class that was asked for.
 COMMON, LACKS, LACKS_CLASS = 0.14, 3.1, 0.009
 KINDS = {"mask": "masks/{}.png", "cutout": "cutouts/{}.png", "overlay": "overlays/{}.jpg"}
-PAGE, TOOL = Path(__file__).with_name("gallery.html.jinja"), "lcco cosegment"
+TOOL, PAGE = "lcco cosegment", Path(__file__).with_name("gallery.html.jinja")
 MADE = ("masks", "cutouts", "overlays", "contact_sheet.jpg", "index.html", "result.json")
 
 
@@ -48,9 +47,10 @@ MADE = ("masks", "cutouts", "overlays", "contact_sheet.jpg", "index.html", "resu
 class Result:
     """What was found in one picture, of `size` (width, height), upright.
 
-    probability: float32 [S, S] in 0..1, of the squashed picture; None where `error` says why.
-    words: the set's likeliest, with probabilities. agreement: of its own words with the others', in
-    0..1. lacks: it seems not to show what the others share; its mask is empty then.
+    probability: float32 [S, S] in 0..1, the picture squashed to the network's size; None where
+    `error` says why. words: the set's likeliest, with probabilities. agreement: how far this
+    picture's words are those of the set's others, in 0..1. lacks: it seems not to show what the
+    others share; its mask is empty then.
     """
 
     name: str
@@ -134,7 +134,8 @@ def cosegment(images: Sequence[Picture] | Picture, *, weights: Path | str | Pred
         raise LCCoError("no pictures given; a set has 1 or more")
     predictor = weights if isinstance(weights, Predictor) else load_segmenter(weights)
     predictor = replace(predictor, gt=True, keep=False)
-    model, words, cls = predictor.model, predictor.vocabulary.words, cls or None  # "" of a shell
+    model, words = predictor.model, predictor.vocabulary.words
+    cls = cls or None  # "": a variable of the shell that is not set
     if cls is not None and not (model.clip_regularization or model.clip_interaction):
         raise LCCoError("these weights are a Baseline's, which takes no class: leave it out")
     if cls is not None and target_word(cls, words) is None:
@@ -253,7 +254,8 @@ def find_sets(sources: Iterable[Path | str], recursive: bool = False,
         paths |= dict.fromkeys(p for p in found if p == path or not is_system(p.name))
     sets = list(_manifest(Path(manifest).expanduser())) if manifest else []
     for folder in filter(Path.is_dir, paths):
-        spot, folders = Path(folder.resolve().name if len(paths) > 1 else ""), [folder]
+        spot = Path() if len(paths) == 1 else Path(folder.resolve().name)
+        folders = [folder]
         for inner in folders:  # it grows by the folders inside
             files, others = listing(inner)
             inside = sorted(inner.iterdir()) if recursive else ()
@@ -293,7 +295,7 @@ def cosegment_folder(sources: Iterable[Path | str] | Path | str, out: Path | str
     """Co-segment the sets that `find_sets` finds into the folder `out`.
 
     Of each set: masks (0 and 255, the picture's own size), cut-outs, overlays, a contact sheet, a
-    gallery and `result.json`, whose contents are returned; of several sets a page too, `sets.html`.
+    gallery and `result.json`, whose contents are returned. What an interruption left is completed.
     background: as of `Result.cutout`; the rest: as of `cosegment`. Raises: LCCoError, once other
     sets are done, for one whose folder holds its pictures or, without `overwrite`, other results.
     """
@@ -303,9 +305,9 @@ def cosegment_folder(sources: Iterable[Path | str] | Path | str, out: Path | str
     if background not in (None, "white", "blur"):
         about["background"] = f"{background} {digest(read_picture(background).tobytes())}"
     sources = [sources] if isinstance(sources, (str, Path)) else sources
-    records, refused, out = [], [], Path(out).expanduser()
+    records, refused = [], []
     for spot, files in find_sets(sources, recursive, manifest):
-        folder = out / spot
+        folder = Path(out).expanduser() / spot
         held = place("cache") / "locks" / digest(os.fsencode(folder.resolve()), 16)
         with lock(held, f"{folder}: waiting for another process"):  # no lock among pictures
             try:
@@ -323,11 +325,6 @@ def cosegment_folder(sources: Iterable[Path | str] | Path | str, out: Path | str
             records.append(record)
             for i in (i for i in record["images"] if i["error"]):
                 print(f"not read: {one_line(spot / i['name'])}: {i['error']}", file=sys.stderr)
-    if len(records) > 1:  # those of other starts are shown too
-        found = sorted(f.parent for f in out.rglob("result.json"))
-        sets = {quote(os.fsencode(f.relative_to(out).as_posix())): _record(f) for f in found}
-        _page(out / "sets.html", title="All sets", sets=sets, unquote=unquote)
-        print(f"all sets: {out / 'sets.html'}")
     for error in refused[:-1]:
         print(f"refused: {error}", file=sys.stderr)
     if refused:
@@ -380,29 +377,27 @@ def _write(out: Path, record: Record, results: list[Result], background: Path | 
     said = f"looked for {record['class']}" if record["class"] else record["note"] or said
     if lacking := sum(r.lacks for r, _ in good):
         said += f"; {lacking} seem{'s' * (lacking == 1)} to lack it (--keep-all keeps the masks)"
-    record["title"] = title = f"{len(good)} picture{'s' * (len(good) != 1)}: {said}"
+    title = f"{len(good)} picture{'s' * (len(good) != 1)}: {said}"
     _save(_contact_sheet(out, good[:120], title), out / "contact_sheet.jpg", quality=88)
-    _page(out / "index.html", title=title, images=images)
+    page = jinja2.Template(PAGE.read_text(encoding="utf-8"), autoescape=True)
+    write_text(out / "index.html", page.render(title=title, images=images))
     write_json(out / "result.json", record)
     print(f"{title}; look at {out / 'index.html'}")
 
 
-def _page(file: Path, **shown: Any) -> None:
-    page = jinja2.Template(PAGE.read_text(encoding="utf-8"), autoescape=True)
-    write_text(file, page.render(shown))
-
-
 def _draw(out: Path, background: Path | str | None, result: Result, image: Record) -> Record:
-    """Write a picture's mask, cut-out and overlay; its entry in result.json."""
+    """Mask, cut-out and overlay of a picture, where missing; its entry in result.json."""
     mask, cutout, over = (out / image[kind] for kind in KINDS)
-    cut, picture = result.cutout(background), result.read(800)
+    here = mask.is_file() and cutout.is_file() and over.is_file()
+    cut, picture = (None, None) if here else (result.cutout(background), result.read(800))
     if result.error:
         return {"name": image["name"], "error": result.error}
-    _save(cut, cutout, compress_level=1)
-    _save(Image.fromarray(255 * result.mask.astype(np.uint8)), mask, compress_level=3)
-    picture.thumbnail((1600, 1600))
-    shown = overlay(np.asarray(picture) / 255, result.probability - result.threshold + 0.5)
-    _save(Image.fromarray((255 * shown).astype(np.uint8)), over, quality=88)
+    if picture:
+        _save(cut, cutout, compress_level=1)
+        _save(Image.fromarray(255 * result.mask.astype(np.uint8)), mask, compress_level=3)
+        picture.thumbnail((1600, 1600))
+        shown = overlay(np.asarray(picture) / 255, result.probability - result.threshold + 0.5)
+        _save(Image.fromarray((255 * shown).astype(np.uint8)), over, quality=88)
     share = float((result.probability > result.threshold).mean())
     return image | {
         "error": None, "width": result.size[0], "height": result.size[1],

@@ -34,7 +34,8 @@ class Tower:
     """A frozen model that embeds images and texts into one space. Its kind gives `_embed`, pixels
     [n, 3, size, size] → [n, D], and `encode_prompts`, texts → [p, D] (float32, unit norm, CPU).
 
-    Deviation: CLIP crops the middle; here a picture is squashed whole, as for the network.
+    Deviation: CLIP crops the middle; here the whole picture is squashed to a square, as the
+    segmentation network sees it, so that an object at the edge counts.
     """
 
     width: int

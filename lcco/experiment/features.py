@@ -61,13 +61,16 @@ class Features:
             self.masked(data, [], background)
 
     def embeddings(self, data: CoSegData, items: Sequence[int], *, keep: bool = True) -> Tensor:
-        """Image embeddings [n, D] of the tower. The first call embeds the whole set, and writes
-        it to disk if `keep` (not of pictures that are seen once).
-        """
+        """Image embeddings [n, D]; the first call embeds the whole set, kept on disk if `keep`."""
 
         def make() -> np.ndarray:
-            items = progress(range(len(data)), f"embedding {data.name}")
-            return self.tower.encode_images(map(data.image, items)).float().numpy()
+            first: dict[str, int] = {}  # a picture that stands in two classes is embedded once
+            for i in range(len(data)):
+                first.setdefault(data.content(i), i)
+            items = progress(first.values(), f"embedding {data.name}", len(first))
+            vectors = self.tower.encode_images(data.image(i) for i in items).float().numpy()
+            row = {content: n for n, content in enumerate(first)}
+            return vectors[[row[data.content(i)] for i in range(len(data))]]
 
         stored = self._kept("embeddings", [data.digest(), self.tower.identity], make, keep)
         return torch.from_numpy(stored[np.array(items, int)])
