@@ -17,11 +17,10 @@ class LCCoError(Exception):
 
 
 class Missing(LCCoError):
-    """Data or weights that are not on this machine, `how` to get them, and a table's `status`."""
+    """What is not on this machine, `how` to get it, and a table's `status`."""
 
-    def __init__(self, kind: Literal["data", "weights"], name: str, how: str) -> None:
+    def __init__(self, kind: Literal["data", "weights", "training"], name: str, how: str) -> None:
         super().__init__(f"{kind} `{name}` not found: {how}")
-        self.kind, self.name, self.how = kind, name, how
         self.status = f"not run: {kind} not found ({name})"
 
 

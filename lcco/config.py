@@ -119,7 +119,7 @@ class TrainConfig(Settings):
 
 
 class Experiment(Settings):
-    """Everything that decides a training run; runs with the same `hash` are the same run."""
+    """Everything that decides a training run; runs with the same `hash` have the same settings."""
 
     name: Annotated[str, Field(pattern=r"^[^/\\\s][^/\\\n]*$")] = "lcco"
     seed: Annotated[int, Field(ge=0)] = 0

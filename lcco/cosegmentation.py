@@ -251,7 +251,8 @@ def find_sets(sources: Iterable[Path | str], recursive: bool = False,
         found = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(str(path)))]
         if not found or not all(p.is_file() or p.is_dir() for p in found):
             raise LCCoError(f"{path}: no such file or folder; give pictures, or a folder with some")
-        paths |= dict.fromkeys(p for p in found if p == path or not is_system(p.name))
+        found = [p for p in found if p == path or not is_system(p.name)]
+        paths |= dict.fromkeys(p for p in found if not _record(p))  # nor results of before
     sets = list(_manifest(Path(manifest).expanduser())) if manifest else []
     for folder in filter(Path.is_dir, paths):
         spot = Path() if len(paths) == 1 else Path(folder.resolve().name)
@@ -259,7 +260,8 @@ def find_sets(sources: Iterable[Path | str], recursive: bool = False,
         for inner in folders:  # it grows by the folders inside
             files, others = listing(inner)
             inside = sorted(inner.iterdir()) if recursive else ()
-            folders += [f for f in inside if f.is_dir() and not (is_system(f.name) or _record(f))]
+            inside = [f for f in inside if f.is_dir() and not (is_system(f.name) or _record(f))]
+            folders += [f for f in inside if f.resolve() not in map(Path.resolve, f.parents)]
             sets.append((spot / inner.relative_to(folder), files))
             if others:
                 print(f"{inner}: left out, no picture files: {few(others)}", file=sys.stderr)
@@ -279,7 +281,8 @@ def _manifest(path: Path) -> Iterator[tuple[Path, list[Path]]]:
             entry = json.loads(line)
             spot, names = Path(entry["name"]), entry["images"]
             inside = spot.name and not spot.anchor and ".." not in spot.parts
-            if not inside or not names or isinstance(names, str):
+            named = os.fsencode("".join([entry["name"], *names]))
+            if not inside or not names or isinstance(names, str) or b"\0" in named:
                 raise ValueError
             files = [path.parent / name for name in names]
         except (ValueError, KeyError, TypeError):
@@ -337,7 +340,8 @@ def _allowed(out: Path, files: Sequence[Path], about: Record, overwrite: bool) -
     old, ours, images, taken = _record(out), [out / name for name in MADE], [], set()
     for file in files:  # results are named by its stem, numbered where that is taken
         name = os.fsencode(file.name).decode("utf-8", "replace")
-        numbered = (f"{Path(name).stem}-{n}".removesuffix("-1") for n in count(1))
+        short = Path(name).stem.encode()[:246].decode(errors="ignore")  # with all else 255 bytes
+        numbered = (f"{short}-{n}".removesuffix("-1") for n in count(1))
         stem = next(s for s in numbered if s.casefold() not in taken)
         taken.add(stem.casefold())
         images.append({"name": name} | {kind: form.format(stem) for kind, form in KINDS.items()})

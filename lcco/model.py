@@ -166,8 +166,8 @@ class ISFC(nn.Module):
 class CLIPInteraction(nn.Module):
     """CLIP interaction: images and Top-K prompts give one semantic an image, which modulates F².
 
-    Deviation: MLP1 ends in a LayerNorm and text is scaled by √D, so that both kinds of token have
-    entries of order 1 (the paper does not state how unit-norm text meets un-normalised ĥ).
+    Deviation: MLP1 ends in a LayerNorm, and images and text are scaled by √D, so that both kinds of
+    token have entries of order 1 (the paper does not state how unit-norm text meets ĥ).
     """
 
     def __init__(self, channels: int, width: int, *, residual: bool = False):

@@ -25,7 +25,7 @@ def test_each_part_of_a_profiles_network_is_a_row():
     rows = bench(load_profile("smoke"), repeats=2).set_index("row")
     names = [f"Baseline + {label(module)}" for module in MODULES]
     names = ["image tower", "backbone", "Baseline", *names, "LCCo, embeddings cached", "LCCo, all"]
-    assert list(rows.index) == names and (rows["table"] == "cost").all()
+    assert list(rows.index) == names and (rows["table"] == "bench").all()
     assert (rows[["parameters", "flops", "seconds", "ratio"]] > 0).all(axis=None)
     floor = rows.loc[["image tower", "backbone"], "seconds"].sum()
     assert rows.loc["LCCo, all", "ratio"] == pytest.approx(
@@ -34,7 +34,7 @@ def test_each_part_of_a_profiles_network_is_a_row():
     assert rows.loc["Baseline", "flops"] > rows.loc["backbone", "flops"]
     assert rows["threads"].iloc[0] == 1 and rows["torch"].iloc[0] == torch.__version__
     assert rows["test_set"].iloc[0] == "3 × 64 px" and rows["device"].iloc[0]
-    table = Table("cost", rows.reset_index(), values=("parameters", "flops", "seconds"), unit="")
+    table = Table("bench", rows.reset_index(), values=("parameters", "flops", "seconds"), unit="")
     assert "Baseline + ISFC" in table.markdown()
 
 

@@ -71,10 +71,11 @@ def test_check_names_what_readers_pass_over(tmp_path: Path) -> None:
         Image.new("L", Image.open(f).size).save(f)
     shutil.copy(root / "image/cow/co_00.jpg", root / "image/cow/notes.txt")
     (root / "image/cow/folder.jpg").mkdir()
+    shutil.copy(root / "image/cow/co_00.jpg", root / "image/loose.jpg")
     table = check(root)
     assert not table.attrs["ok"] and _rows(table, "class without a picture") == ["car", "dog"]
     assert _rows(table, "most masks empty") == ["bus"]
-    left_out = ["cow/folder.jpg", "cow/notes.txt", "dog/do_00.xyz", "dog/do_01.xyz"]
+    left_out = ["cow/folder.jpg", "cow/notes.txt", "dog/do_00.xyz", "dog/do_01.xyz", "loose.jpg"]
     assert _rows(table, "file left out") == left_out
     shutil.copy(root / "image/cow/co_00.jpg", root / "image/cow/co_00.png")
     with pytest.raises(LCCoError, match="co_00.jpg and co_00.png: one name; rename or move one"):
@@ -136,6 +137,10 @@ def test_check_of_voc(tmp_path: Path) -> None:
     assert _rows(table, "bad mask") == ["2007_000000"]
     assert _rows(table, "missing mask") == ["2007_000001"]
     assert _rows(table, "missing image") == ["2007_000002"]
+    lists = root / "ImageSets/Segmentation"
+    (lists / "train.txt").rename(lists / "trainval.txt")
+    (lists / "val.txt").unlink()
+    assert _counts(check(root))["all (voc)"] == 12
 
 
 def test_check_of_coco(tmp_path: Path) -> None:
@@ -145,7 +150,10 @@ def test_check_of_coco(tmp_path: Path) -> None:
     assert _counts(table) == {"all (coco)": 4, "cat": 3, "dog": 3}  # small objects count
     drawn.picture(1, size=(100, 90)).save(root / "train2017/000000000001.jpg")
     (root / "train2017/000000000002.jpg").unlink()
+    notes = root / "annotations"
+    shutil.copy(notes / "instances_train2017.json", notes / "instances_b.json")
     table = check(root)
+    assert _rows(table, "file left out") == ["instances_b.json"]
     assert _rows(table, "bad mask") == ["000000000001.jpg"]
     assert _rows(table, "missing image") == ["000000000002.jpg"]
 
@@ -161,14 +169,15 @@ def test_check_names_odd_annotations(tmp_path: Path) -> None:
         {"segmentation": {"size": [90, 120], "counts": counts}},
         {"segmentation": {"size": [9, 9], "counts": counts}}, {"id": "x"}, {"area": "8100"},
         {"segmentation": {"size": [90, 120], "counts": "???" * 40}},
+        {"segmentation": {"size": [90, 120], "counts": [10**12]}},
     ]  # fmt: skip
     for n, change in enumerate(odd):
         document["annotations"].append(box | {"id": 900 + n} | change)
-    del document["annotations"][-3]["iscrowd"]
+    del document["annotations"][-4]["iscrowd"]
     file.write_text(json.dumps(document))
     table = check(root)
     assert not table.attrs["ok"]
-    left_out = [f"annotation {n}" for n in (900, 901, 902, 903, 904, 905, 906, 909)]
+    left_out = [f"annotation {n}" for n in (900, 901, 902, 903, 904, 905, 906, 909, 910)]
     assert _rows(table, "entry left out") == left_out
     document["annotations"].append(box | {"id": 0})
     document["annotations"].append(box | {"id": 0})

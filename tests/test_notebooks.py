@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import ast
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import papermill
 import pytest
 
 from lcco.config import load_profile, profile_names
 from lcco.experiment.plan import NOTEBOOKS as NUMBERS
 from lcco.experiment.plan import all_jobs, needs
+from lcco.experiment.runs import get_run
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(p.stem for p in (ROOT / "notebooks").glob("*.ipynb"))
@@ -24,7 +27,7 @@ TABLES = {
     "01_main_results": ["table1_main", "choice"], "02_component_ablation": ["table2_components"],
     "03_loss_ablation": ["table3_losses"], "04_k_sweep": ["table4_k", "table4_k_test_time"],
     "05_more_images": ["more_images"], "06_foundation_models": ["table5_foundation"],
-    "07_feature_regularization": ["fig3_norms"], "08_cost": ["cost", "large_sets"],
+    "07_feature_regularization": ["fig3_norms"], "08_cost": ["bench", "large_sets"],
     "09_interpretations": ["interpretations"],
     "10_what_fails": ["per_class", "words", "mixed_sets"],
 }  # fmt: skip
@@ -34,7 +37,7 @@ FIGURES = {
     "01_main_results": ["fig4", "protocols", "curves_01"],
     "02_component_ablation": ["fig5", "table2_components"], "03_loss_ablation": ["table3_losses"],
     "04_k_sweep": ["table4_k"], "05_more_images": ["more_images", "set_05"],
-    "06_foundation_models": ["table5_foundation"], "08_cost": ["cost"],
+    "06_foundation_models": ["table5_foundation"], "08_cost": ["bench"],
     "07_feature_regularization": ["fig3_maps", "fig3_norms"],
     "09_interpretations": ["interpretations"], "10_what_fails": ["best_worst", "mixed_sets"],
 }  # fmt: skip
@@ -145,6 +148,29 @@ def test_runs_at_smoke(stem, elsewhere):
     assert planned <= known <= {job.experiment.run_name for job in all_jobs(profile)}
     for name in FIGURES[stem]:
         assert all((out / f"{name}.{kind}").stat().st_size for kind in ("png", "pdf"))
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("stem", ["01_main_results", "10_what_fails"])
+def test_without_a_baseline_the_rest_is_shown(stem, elsewhere, tmp_path, monkeypatch):
+    """`LCCO_TRAIN=no` trains nothing: a run that is not in the store is a line that says so."""
+    profile = load_profile("smoke")
+    for seed in profile.seeds:
+        path = get_run(profile.experiment.replace(seed=seed)).path
+        shutil.copytree(path, tmp_path / "runs" / path.name)
+    monkeypatch.setenv("LCCO_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("LCCO_TRAIN", "no")
+    run(stem, profile="smoke", results=str(tmp_path / "out"))
+    assert len(list((tmp_path / "runs").glob("*/record.json"))) == len(profile.seeds)
+    table = pd.read_csv(tmp_path / "out" / f"{TABLES[stem][0]}.csv")
+    if stem == "10_what_fails":
+        assert table["J_LCCo"].notna().all() and table["J_Baseline"].isna().all()
+    else:
+        said = table.groupby("row")["status"].unique().map(list)
+        assert said["LCCo"][0] == "measured"
+        assert said["Baseline"][0].startswith("not run: training not found (smoke-")
+    for name in FIGURES[stem]:
+        assert (tmp_path / "out" / f"{name}.png").stat().st_size
 
 
 def test_a_mistyped_parameter_is_one_line(elsewhere):

@@ -255,8 +255,12 @@ def test_masks_of_every_kind_are_grey(tmp_path: Path) -> None:
         found = read_mask(tmp_path / name)
         assert found.dtype == np.uint8 and np.array_equal(found, truth), name
     Image.fromarray(np.dstack([truth] * 3 + [truth])).save(tmp_path / "cut.png")
-    with pytest.raises(LCCoError, match="cut.png: mask with transparency; save it as grey"):
-        read_mask(tmp_path / "cut.png")
+    palette = Image.fromarray((truth > 0).astype(np.uint8)).convert("P")
+    palette.putpalette([255, 255, 255, 0, 0, 0])  # a dark object before a white that is hidden
+    palette.save(tmp_path / "cut.gif", transparency=0)
+    for name in ("cut.png", "cut.gif"):
+        with pytest.raises(LCCoError, match=f"{name}: mask with transparency; save it as grey"):
+            read_mask(tmp_path / name)
     for name in ("rgb.png", "high.png"):
         Image.fromarray(np.full((4, 4), 21, np.uint8)).save(tmp_path / "high.png")
         with pytest.raises(LCCoError, match=f"{name}: a mask of classes must hold class numbers"):

@@ -52,7 +52,7 @@ def test_every_committed_table_is_what_its_rows_make(report, folder: Path):
         done = table.rows[table.rows["status"] == MEASURED]
         assert set(done["run"].dropna()) <= set(table.runs)  # costs and classes name none
         assert folder.name in set(table.rows["profile"])
-        assert table.name == "cost" or table.rows["profile"].nunique() == 1  # costs compare them
+        assert table.name == "bench" or table.rows["profile"].nunique() == 1  # costs compare them
         others = table.rows["status"].drop(done.index)
         assert others.str.startswith("not run: ").all()
 

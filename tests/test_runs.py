@@ -14,6 +14,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image, ImageOps
+from safetensors.torch import load_file, save_file
 
 from lcco import config
 from lcco.common import LCCoError, Missing, file_digest, place
@@ -77,6 +78,15 @@ def test_a_run_is_trained_once_and_its_record_says_what_made_it(base):
     (path / "record.json").write_text("{")
     with pytest.raises(LCCoError, match="record.json: damaged; delete it"):
         get_run(base)
+    for text in ("{}", "[]"):  # another program's
+        (path / "record.json").write_text(text)
+        with pytest.raises(LCCoError, match="record.json: not the record of a finished run"):
+            open_run(path)
+    state = load_file(run.weights)
+    for text in ("{}", "[]"):
+        save_file(state, path / "strange.safetensors", {"lcco": text})
+        with pytest.raises(LCCoError, match="strange.safetensors: not a model of lcco"):
+            open_run(path / "strange.safetensors")
 
 
 def test_a_training_on_several_machines_names_them_and_adds_up_its_seconds(base, monkeypatch):

@@ -127,6 +127,10 @@ def test_icoseg_and_rubinstein(tmp_path: Path) -> None:
     with _refused("icoseg8.*lacks the groups bear2, brownbear"):
         load_data("icoseg8")
     assert len(load_data("icoseg38")) == 6
+    (tmp_path / "Internet" / "notes").mkdir()  # no class: it has no pictures
+    (tmp_path / "Internet/Car100/GroundTruth").rename(tmp_path / "Internet/Car100/groundtruth")
+    with _refused("Car100/GroundTruth/.*: no such file"):
+        load_data("internet300")
 
 
 # ---------------------------------------------------------------------------------- names of files
@@ -340,8 +344,8 @@ def test_voc_faults(tmp_path: Path) -> None:
 def test_more_voc_layout_sets_by_name(tmp_path: Path) -> None:
     with pytest.raises(Missing) as caught:
         load_data("coco_voc20")
-    assert (caught.value.kind, caught.value.name) == ("data", "coco_voc20")
-    assert "COCO_VOC20" in caught.value.how
+    assert caught.value.status == "not run: data not found (coco_voc20)"
+    assert "COCO_VOC20" in str(caught.value)
     _voc_of(tmp_path / "VOC_MORE", {"2008_1": ".jpg", "coco_1": ".jpg"}, ["2008_1", "coco_1"])
     lists = tmp_path / "VOC_MORE/ImageSets/Segmentation"
     (lists / "val.txt").rename(lists / "train.txt")

@@ -18,6 +18,7 @@ from lcco.backbones import model_file, read_about, read_tensors
 from lcco.common import LCCoError
 from lcco.config import Experiment, load_profile
 from lcco.data import Draw, load_data
+from lcco.experiment import train
 from lcco.experiment.plan import BASELINE
 from lcco.experiment.predictor import (
     Predictor,
@@ -115,6 +116,25 @@ def test_stopped_anywhere_and_started_again_it_ends_in_the_same_bits(base, tmp_p
     again.fit()
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
     assert lines(tmp_path / "whole") == lines(tmp_path / "cut")
+
+
+def test_a_kill_beside_the_log_leaves_a_whole_log(base, tmp_path, monkeypatch):
+    """The last checkpoint says that nothing is left to do, so the log must be there before it."""
+    e, real, calls = base.replace({"train.steps": 6, "train.eval_every": 2}), train.write_text, []
+    Trainer(e, tmp_path / "whole").fit()
+
+    def cut(*how):
+        calls.append(how)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        real(*how)
+
+    monkeypatch.setattr(train, "write_text", cut)
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(e, tmp_path / "cut").fit()
+    assert [line["step"] for line in lines(tmp_path / "cut")] == [2, 4]
+    Trainer(e, tmp_path / "cut").fit()
+    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
 
 
 def test_a_start_from_nothing_leaves_nothing_of_one_before(base, tmp_path):

@@ -58,6 +58,7 @@ def test_the_plan_lists_a_job_for_each_run_and_notebook(profile, tmp_path):
         ({"profil": "smoke"}, "did you mean `profile`"), ({"profile": "smok"}, "no profile `smok`"),
         ({"profile": 7}, "not as text"), ({"notebooks": 99}, "no notebook `99`"),
         ({"parameters": {"sedes": [0]}}, "did you mean `seeds`"),
+        ({"parameters": {"profile": "lite"}}, "no notebook has a parameter `profile`"),
     ],
 )  # fmt: skip
 def test_a_mistaken_setting_is_refused(given, said, tmp_path):

@@ -290,6 +290,7 @@ def _check_names(chosen: Mapping[str, Any]) -> None:
 
     books = [ROOT / "notebooks" / f"{stem}.ipynb" for stem in chosen["notebooks"].values()]
     every = {name for book in books for name in papermill.inspect_notebook(str(book))}
+    every -= {"profile", "results"}  # the graph's own
     for name in chosen["parameters"]:
         if name not in every:
             raise LCCoError(f"no notebook has a parameter `{name}`{nearest(name, sorted(every))}")

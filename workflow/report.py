@@ -23,9 +23,8 @@ def results_readme(folder: Path) -> Path:
     captions = {png.stem: caption(png) for png in sorted(folder.glob("*.png"))}
     order = {t: figures.split() for t, figures in paper_table("order").to_numpy()}
     beside = {t.name: order.get(t.name, [t.name]) for t in tables}
-    # Notebooks that show Table 1's runs show its learning curves again.
     own = {figure for figures in beside.values() for figure in figures}
-    rest = [c for c in captions if c not in own and not c.startswith("curves_")]
+    rest = [c for c in captions if c not in own]
     runs = trainings({name: run for t in tables for name, run in t.runs.items()})
     return _page(
         folder / "README.md", "profile.md", name=folder.name, about=_about(folder.name),

@@ -86,6 +86,8 @@ class COCOData(CoSegData):
             what = f"no category has {min_images} images with an instance over {min_area:g} px"
             first = ": ".join(self.left_out[0][1:]) if self.left_out else "give another folder"
             raise bad(self.file, what, first)
+        others = [file.name for file in files if file != self.file]
+        self.left_out += [("file left out", name, f"{self.file.name} is read") for name in others]
         self.keys = tuple(sorted(set().union(*groups.values())))
         self.classes = [frozenset(c for c in groups if key in groups[c]) for key in self.keys]
         self.files = [(folder / key, self.file) for key in self.keys]
@@ -108,7 +110,7 @@ class COCOData(CoSegData):
                     pixels = float(_decoded(found, image).sum())  # and the runs are looked over
                     found.area = found.area or pixels
                 yield category.name, image, found
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, OverflowError) as error:
                 key = entry.get("id", f"no. {n}") if isinstance(entry, dict) else f"no. {n}"
                 self.left_out.append(("entry left out", f"annotation {key}", _told(error)))
 

@@ -99,7 +99,8 @@ def open_folder(path: Path, name: str | None = None, own: Sequence[str] = (),
         return COCOData(name, path, *rule)
     if layout == "voc":
         lists = {f.stem for f in (path / "ImageSets" / "Segmentation").glob("*.txt")}
-        own = own or [w for w in ("train", "val") if w in lists] or sorted(lists - {"trainval"})
+        usual = [word for word in ("train", "val") if word in lists]
+        own = own or usual or sorted(lists - {"trainval"}) or ["trainval"]
         return VOCData(name, path, own)
     if layout:
         return FolderData(name, path, layout, own)

@@ -132,8 +132,8 @@ def _eight_bits(image: np.ndarray | Image.Image) -> Image.Image:
 def read_mask(path: Path | str) -> np.ndarray:
     """A mask file as grey uint8 [H, W], upright. Raises: LCCoError, also for a cut-out (alpha)."""
     image = _decoded(path)
-    if image.mode[-1] in "Aa":
-        if np.asarray(image)[..., -1].min() < 255:
+    if image.has_transparency_data:
+        if np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
             raise bad(path, "mask with transparency", "save it as grey, object 255, rest 0")
         image = to_rgb(image)
     return np.asarray(image.convert("L"))

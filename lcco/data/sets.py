@@ -187,7 +187,7 @@ def folders_in(root: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for folder in sorted(root.iterdir()):
         if folder.is_dir() and not pictures.is_system(folder.name):
-            c = same_name(folder.name).strip().lower().removesuffix("100")  # Internet's `Horse100`
+            c = re.sub(r"(?<=\D)100$", "", same_name(folder.name).strip().lower())  # `Horse100`
             closed = re.sub(r"[ _-]", "", c)  # `Dining_Table`
             c = closed if closed in VOC_CLASSES else c
             if (first := found.setdefault(c, folder)) is not folder:
@@ -222,7 +222,8 @@ class FolderData(CoSegData):
         sides = [root / side for side in SIDES.get(layout, (".", "."))]
         images, truths = map(folders_in, sides)
         if layout == "rubinstein":
-            images = {c: d for c, d in images.items() if (d / "GroundTruth").is_dir()}
+            images = {c: d for c, d in images.items()
+                      if (d / "GroundTruth").is_dir() or pictures.pictures_in(d)}  # fmt: skip
             truths = {c: d / "GroundTruth" for c, d in images.items()}
         known = images.keys() | truths.keys()
         if missing := [c for c in classes if c not in known]:
@@ -238,6 +239,8 @@ class FolderData(CoSegData):
             self.left_out += [("file left out", f"{c}/{o}", "no picture file") for o in others]
             if not found:
                 self.left_out.append(("class without a picture", c, f"none in {folder}"))
+        loose = pictures.pictures_in(sides[0]) if sides[0].is_dir() else ()
+        self.left_out += [("file left out", p.name, "in no class's folder") for p in loose]
         if not self.keys:
             raise bad(root, "no class folder with pictures", "put some in")
 

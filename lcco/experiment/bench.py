@@ -45,7 +45,7 @@ def bench(profile: Profile, repeats: int = 5) -> pd.DataFrame:
     here |= {"torch": str(torch.__version__), "repeats": repeats, "protocol": ""}
     here |= {"test_set": f"{n} × {e.data.size} px", "images": n, "group_size": n}
     rows = costs.to_dict("index").items()
-    return pd.DataFrame([row("cost", name, profile, e, **here, **cells) for name, cells in rows])
+    return pd.DataFrame([row("bench", name, profile, e, **here, **cells) for name, cells in rows])
 
 
 def parts(e: Experiment, images: int) -> tuple[dict[str, Callable], dict[str, int]]:

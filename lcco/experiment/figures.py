@@ -133,8 +133,8 @@ def _panels(rows: pd.DataFrame, draw: Callable[[Axes, pd.DataFrame], None], heig
     grid |= {"nrows": -(-len(parts) // across), "ncols": across, "squeeze": False}
     figure, panels = new_figure(PAGE, 0.3 + grid["nrows"] * height, **grid)
     for axes, ((test, protocol), own) in zip(panels.flat, parts, strict=False):
-        draw(axes, own)
         axes.locator_params(axis="x", nbins=5)
+        draw(axes, own)
         title = f"{label(test)}, {protocol}".removesuffix(", ")
         axes.set_title(fill(title, 55 // across), fontsize=8)
         axes.grid(linewidth=0.4, alpha=0.6)
@@ -191,7 +191,8 @@ def learning_curves(runs: Mapping[str, Any]) -> Figure:
 
     def draw(axes: Axes, own: pd.DataFrame) -> None:
         for line, (name, part) in zip(cycle(LINES), own.dropna().groupby("line", sort=False)):
-            axes.plot(part["step"], part["value"], line[1:], label=name)
+            how = "k-" if name == "LCCo" else line[1:]
+            axes.plot(part["step"], part["value"], how, label=name)
         axes.set_xlabel("step")
 
     return _panels(logs, draw, 2.7)

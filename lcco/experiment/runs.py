@@ -5,6 +5,7 @@ it is done, and in evaluations/ what was measured of it.
 """
 
 import contextlib
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -128,7 +129,8 @@ def get_run(experiment: Experiment) -> Run:
     """The run of an experiment: found, gone on with if it was interrupted, else trained now.
 
     Processes that ask for the same run train it once; those of one `accelerate launch` together.
-    Raises: LCCoError also where what it was trained on was edited since.
+    Raises: LCCoError also where what it was trained on was edited since; Missing, instead of
+    training, where the variable `LCCO_TRAIN` is "no".
     """
     path = place("runs") / experiment.run_name
     team = PartialState(cpu=not torch.cuda.is_available())
@@ -136,6 +138,8 @@ def get_run(experiment: Experiment) -> Run:
     with held if team.is_main_process else contextlib.nullcontext():  # one holds it for all
         team.wait_for_everyone()
         if not (path / "record.json").is_file():
+            if os.environ.get("LCCO_TRAIN") == "no":
+                raise Missing("training", path.name, "LCCO_TRAIN=no leaves trainings out")
             trainer = Trainer(experiment, path)
             summary = trainer.fit()
             if team.is_main_process:
@@ -157,7 +161,8 @@ def get_run(experiment: Experiment) -> Run:
 def _about(file: Path) -> dict[str, Any]:
     """What a record takes from a model file: settings, training sets, the frozen parts' hashes."""
     about = read_about(file)
-    del about["words"]
+    with reading(file, "a model of lcco"):
+        del about["words"]
     return about | {"weights": file.name, "weights_sha256": file_digest(file, 64)}
 
 
@@ -184,7 +189,8 @@ def find_run(experiment: Experiment) -> Run | None:
 
 def _stored(path: Path) -> Run:
     record = read_json(path / "record.json")
-    return Run(path, typed(record["experiment"], Experiment), record, path / record["weights"])
+    with reading(path / "record.json", "the record of a finished run"):
+        return Run(path, typed(record["experiment"], Experiment), record, path / record["weights"])
 
 
 def open_run(name: str | Path) -> Run:

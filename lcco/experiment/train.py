@@ -109,7 +109,7 @@ class Trainer:
             said = f"`data.holdout` names {', '.join(both)}, as `data.train` does"
             print(f"{said}: weights are chosen on pictures of training", file=sys.stderr)
         if few:
-            items = range(min(few, len(self.data)))
+            items = range(0, len(self.data), -(-len(self.data) // few))
             self.data, self.holdout = self.data.subset(items, f"{few} of {self.data.name}"), None
         self.features = make_features(experiment)
         self.vocabulary = make_vocabulary(self.features.tower, experiment.tower)
@@ -286,10 +286,10 @@ class Trainer:
             own |= {"optimizer": self.optimizer.state_dict(), "data": self.data.identity()}
             data = io.BytesIO()
             torch.save(own | {"state": self.state, "log": self.log}, data)
+            lines = [f"{json.dumps(line)}\n" for line in self.log]
+            write_text(self.folder / "metrics.jsonl", "".join(lines))  # first: a last step is final
             with atomic_path(self.checkpoint) as part:  # see `save_model`
                 part.write_bytes(data.getbuffer())
-            lines = [f"{json.dumps(line)}\n" for line in self.log]
-            write_text(self.folder / "metrics.jsonl", "".join(lines))
 
     def restore(self) -> None:
         """Take up the checkpoint, if there is one.
