@@ -40,7 +40,7 @@ def write_model(run: Run, out: Path) -> None:
         save_file(half, part, {"lcco": json.dumps(about, sort_keys=True)})
 
 
-def score_rows(released: Run, baseline: Run, profile: Profile) -> Iterator[str]:
+def score_rows(released: Run, baseline: Run | None, profile: Profile) -> Iterator[str]:
     """Lines of the card's table, one a test set and protocol."""
     names = tuple(dict.fromkeys((*profile.tests, *profile.choice_tests)))
     for name, data in load_tests(profile, names).items():
@@ -49,22 +49,28 @@ def score_rows(released: Run, baseline: Run, profile: Profile) -> Iterator[str]:
             continue
         protocols = [*profile.protocols] if name in profile.tests else []
         protocols += ["choice"] if name in profile.choice_tests else []
-        ours, theirs = (
-            run.evaluate(data, protocols, profile.group_size) for run in (released, baseline)
-        )
-        for protocol, found in ours.items():
-            cells = [f"{100 * e.summary[m]:.1f}" for e in (found, theirs[protocol]) for m in "PJ"]
-            count = found.summary["images"]
+        how = data, protocols, profile.group_size
+        found = [run.evaluate(*how) if run else {} for run in (released, baseline)]
+        for protocol, ours in found[0].items():
+            both = [e[protocol].summary if e else None for e in found]
+            cells = [f"{100 * s[m]:.1f}" if s else "–" for s in both for m in "PJ"]
+            count = ours.summary["images"]
             yield f"| {data.name} ({count}) | {protocol} | {' | '.join(cells)} |"
 
 
 def release(out: Path, profile: Profile, seed: int) -> Path:
     """Train (or find) a profile's LCCo and Baseline, and write the model and its card.
 
+    With `LCCO_TRAIN=no` a Baseline that is not there has no scores in the card.
+
     Raises: LCCoError for a test set with pictures that the model was trained on.
     """
     run = get_run(profile.experiment.replace(seed=seed))
-    baseline = get_run(profile.experiment.replace(BASELINE, seed=seed))
+    try:
+        baseline = get_run(profile.experiment.replace(BASELINE, seed=seed))
+    except Missing as missing:
+        print(f"Baseline: {missing.status}", file=sys.stderr)
+        baseline = None
     write_model(run, out)
     released = open_run(out)
     text = Path(__file__).with_name("card.md.jinja").read_text(encoding="utf-8")
