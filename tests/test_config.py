@@ -70,6 +70,7 @@ def test_every_profile_loads_and_says_what_it_is(name):
     profile = load_profile(name)
     assert profile.name == profile.experiment.name == name
     assert profile.about and profile.seeds and profile.protocols
+    assert profile.ablation_tests or profile.choice_tests  # of notebooks 02 to 04, and 09
 
 
 def test_base_gives_what_a_profile_does_not_set(tmp_path, monkeypatch):

@@ -173,6 +173,16 @@ def test_without_a_baseline_the_rest_is_shown(stem, elsewhere, tmp_path, monkeyp
         assert (tmp_path / "out" / f"{name}.png").stat().st_size
 
 
+@pytest.mark.timeout(300)
+def test_rivals_are_shown_without_lcco(elsewhere, tmp_path, monkeypatch):
+    monkeypatch.setenv("LCCO_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("LCCO_TRAIN", "no")
+    run("06_foundation_models", profile="smoke", results=str(tmp_path), only=["clustering"])
+    said = pd.read_csv(tmp_path / "table5_foundation.csv").groupby("row")["status"].unique()
+    assert [*said["Clustering (no training)"]] == ["measured"]
+    assert all(s.startswith("not run: training not found") for s in said["LCCo"])
+
+
 def test_a_mistyped_parameter_is_one_line(elsewhere):
     for name, value in {"threshold": "high", "drawings": "perhaps"}.items():
         with pytest.raises(papermill.PapermillExecutionError, match=f"LCCoError: .*`{name}`"):

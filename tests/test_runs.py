@@ -380,6 +380,8 @@ def test_the_shipped_model_is_a_run_and_is_scored(other, capsys):
 
 # --------------------------------------------------------------------------- before training
 def test_an_estimate_is_of_the_right_order_and_keeps_nothing(base):
+    rare = base.replace({"data.given": 0.5, "data.absent": 0.1})  # what a few pictures cannot give
+    assert estimate(rare)["steps"] == 2
     found = estimate(base)
     assert (found["images"], found["steps"], found["images a step"]) == (12, 2, 6)
     model = train.Trainer(base, Path("unused")).model

@@ -597,6 +597,8 @@ def test_a_set_without_the_pictures_of_another(tmp_path: Path, monkeypatch) -> N
     monkeypatch.undo()
     monkeypatch.setenv("LCCO_DATA", str(tmp_path))
     drawn.folders(tmp_path, ("car",), 2, name="more", first=70)
+    with _refused("mine without mine: no picture is left; change `data.without`"):
+        load_data("mine", without=["mine"])
     joined = load_data(["mine", "more"], without=["test", "more"])
     assert len(joined) == 4 and joined.overlap(load_data("test")) == []
 

@@ -246,6 +246,8 @@ def test_paired_differences_are_taken_seed_by_seed_beside_the_papers():
     assert got.loc["LCCo", ["mean", "sd", "seeds"]].tolist() == [2.0, 1.0, 3]
     assert got.loc["ISFC", "seeds"] == 1 and got.loc["ISFC", "mean"] == -1
     assert got["paper"].round(1).to_dict() == {"LCCo": 5.1, "ISFC": 1.7}
+    rows += measured("LCCo", [99.0], **cells, train_set="coco_seg")  # there is no such Baseline
+    assert paired(with_paper(pd.DataFrame(rows))).set_index("row").loc["LCCo", "mean"] == 2
 
 
 # ------------------------------------------------------------------------------------------- cells

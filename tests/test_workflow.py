@@ -19,6 +19,7 @@ import pytest
 from lcco.common import LCCoError
 from lcco.config import load_profile
 from lcco.experiment.plan import all_jobs
+from lcco.store import write_json
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "workflow"))
@@ -195,6 +196,16 @@ def test_other_settings_or_parameters_make_notebooks_again(graph):
     assert planned()
     mine.write_text(text)
     assert not planned()  # nothing was made of the others
+
+
+def test_a_wider_choice_of_notebooks_trains_what_is_new(tmp_path):
+    done, both = (all_jobs(load_profile("smoke"), books) for books in (["02"], ["02", "03"]))
+    for job in done:
+        scored = dict.fromkeys(jobs.wanted(job))
+        write_json(tmp_path / "runs" / job.experiment.run_name / "scored.json", scored)
+    said = snakemake(tmp_path, "-n", "--config", "profile=smoke", "notebooks=02,03")
+    stats = dict(x.split() for x in (said.stdout + said.stderr).splitlines() if len(x.split()) == 2)
+    assert int(stats["train"]) == len(both) - len(done) > 0
 
 
 def test_what_is_not_here_is_tried_again(tmp_path):

@@ -50,6 +50,8 @@ def load_data(names: str | Sequence[str], *, counts: Mapping[str, int] | None = 
     if seen := {i for other in others for i, _ in data.overlap(other)}:
         kept = [i for i in range(len(data)) if i not in seen]
         data = data.subset(kept, f"{data.name} without {', '.join(without)}")
+        if not kept:
+            raise LCCoError(f"{data.name}: no picture is left; change `data.without`")
     return data
 
 

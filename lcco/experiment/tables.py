@@ -133,7 +133,7 @@ def quoted_rows(profile: Profile) -> pd.DataFrame:
 
 def paired(rows: pd.DataFrame, reference: str = "Baseline", metric: str = "J") -> pd.DataFrame:
     """Each row's difference to a reference row, seed by seed: mean, sd, seeds, and the paper's."""
-    on = ["test_set", "protocol", "group_size", "seed"]
+    on = ["train_set", "test_set", "protocol", "group_size", "seed"]
     done = rows[rows["status"] == MEASURED].dropna(subset=[metric])
     base = done.loc[done["row"] == reference, [*on, metric]]
     both = done[done["row"] != reference].merge(base, on=on, suffixes=("", " of it"))

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor
 
@@ -109,15 +109,14 @@ class Trainer:
             said = f"`data.holdout` names {', '.join(both)}, as `data.train` does"
             print(f"{said}: weights are chosen on pictures of training", file=sys.stderr)
         if few:
-            items = range(0, len(self.data), -(-len(self.data) // few))
+            items = range(min(few, len(self.data)))
+            d = d.model_copy(update=dict.fromkeys(("given", "absent", "paired"), 0))  # no dearer
             self.data, self.holdout = self.data.subset(items, f"{few} of {self.data.name}"), None
         self.features = make_features(experiment)
         self.vocabulary = make_vocabulary(self.features.tower, experiment.tower)
         self.checkpoint = self.folder / "checkpoint.pt"
         # Autocast is switched on in `step` alone, so that validation runs as later scoring does.
-        unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-        how = {"cpu": not torch.cuda.is_available(), "kwargs_handlers": [unused]}
-        self.accelerator = a = Accelerator(mixed_precision="no", **how)
+        self.accelerator = a = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
         self.model = build_model(experiment, self.features, self.vocabulary).to(a.device)
         if start := experiment.train.start:
             fill(self.model, model_file(start), self.features, self.vocabulary, start=True)
@@ -131,8 +130,7 @@ class Trainer:
         how["given"] = d.given * (m.clip_interaction or m.clip_regularization)  # who can be told
         self.sampler = GroupSampler(self.data, **d.model_dump(include=names), **how)
         self.learned = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        self.state: dict[str, Any] = {"step": 0, "best": -1.0, "best_step": 0, "seconds": 0.0}
-        self.state["machines"] = []  # the last of them is this one
+        self.state = {"step": 0, "best": -1.0, "best_step": 0, "seconds": 0.0, "machines": []}
         self.log: list[dict[str, float]] = []  # the lines of `metrics.jsonl`
         self.since: list[dict[str, Tensor]] = []  # losses since the last of them
 
