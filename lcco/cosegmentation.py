@@ -374,9 +374,8 @@ def _write(out: Path, record: Record, results: list[Result], background: Path | 
     words = good[0][0].words if good else []
     record |= {
         "complete": True, "images": images, "agreement": round(agreement, 3),
-        "words": [[word, round(score, 4)] for word, score in words],
         "note": "these share no clear object" if agreement < COMMON and len(good) > 1 else "",
-    }  # fmt: skip
+        "words": [[word, round(score, 4)] for word, score in words]}  # fmt: skip
     said = ", ".join(f"{word} {score:.2f}" for word, score in words[:3]) or "none could be read"
     said = f"looked for {record['class']}" if record["class"] else record["note"] or said
     if lacking := sum(r.lacks for r, _ in good):
@@ -404,10 +403,9 @@ def _draw(out: Path, background: Path | str | None, result: Result, image: Recor
         _save(Image.fromarray((255 * shown).astype(np.uint8)), over, quality=88)
     share = float((result.probability > result.threshold).mean())
     return image | {
-        "error": None, "width": result.size[0], "height": result.size[1],
-        "foreground": round(share, 4), "confidence": round(result.confidence, 3),
         "note": "seems to lack it" if result.lacks else "no object found" if share < EMPTY else "",
-    }  # fmt: skip
+        "error": None, "width": result.size[0], "height": result.size[1],
+        "foreground": round(share, 4), "confidence": round(result.confidence, 3)}  # fmt: skip
 
 
 def _contact_sheet(out: Path, found: list[tuple[Result, Record]], title: str) -> Image.Image:

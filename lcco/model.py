@@ -266,8 +266,7 @@ class LCCo(nn.Module):
         c4, c8, c16, c32 = backbone.channels
         C, fine = width, width // 2
         block, conv = conv_block, partial(nn.Conv2d, kernel_size=1)
-        lateral = {"32": block(c32, C), "16": conv(c16, C), "8": conv(c8, C)}
-        self.lateral = nn.ModuleDict(lateral)
+        self.lateral = nn.ModuleDict({"32": block(c32, C), "16": conv(c16, C), "8": conv(c8, C)})
         self.smooth = nn.ModuleDict({"16": block(C, C), "8": block(C, C)})
         self.lateral4, self.reduce4 = conv(c4, fine), conv(C, fine)
         self.head = nn.Sequential(block(fine, fine), conv(fine, 1))
@@ -277,9 +276,8 @@ class LCCo(nn.Module):
         self.isfc = ISFC(C1, softmax=isfc_softmax) if isfc else None
         self.clip_interaction = CLIPInteraction(C2, D, **how) if clip_interaction else None
         how |= {"skip": mlp3_skip, "shared": mlp3 == "shared"}
-        self.clip_regularization = (
-            CLIPRegularization(C3, D, prompts, logit_scale, **how) if clip_regularization else None
-        )
+        regular = partial(CLIPRegularization, C3, D, prompts, logit_scale, **how)
+        self.clip_regularization = regular() if clip_regularization else None
 
     def forward(self, images: Tensor | None, image_embeddings: Tensor, prompt_embeddings: Tensor, *,
                 maps: list[Tensor] | None = None, present: Tensor | None = None,

@@ -224,11 +224,10 @@ class Vocabulary:
 
     def nearest(self, name: str, tower: Tower) -> int:
         """The index of a class: the word itself or a synonym, else the nearest by its text."""
-        known = target_word(name, self.words)
-        if known is None:
-            one = prompts(tower, [name.replace("_", " ")], self.templates)
-            known = int((self.embeddings @ one[0]).argmax())
-        return known
+        if (known := target_word(name, self.words)) is not None:
+            return known
+        one = prompts(tower, [name.replace("_", " ")], self.templates)
+        return int((self.embeddings @ one[0]).argmax())
 
 
 def make_vocabulary(tower: Tower, config: Any) -> Vocabulary:
@@ -284,8 +283,7 @@ def prompts(tower: Tower, words: Sequence[str], templates: Sequence[str]) -> Ten
     return F.normalize(found.unflatten(0, (len(words), -1)).mean(1), dim=-1)
 
 
-def painted(image: Image.Image, mask: np.ndarray, background: str = "zero",
-            mean: Colour = (0.5, 0.5, 0.5)) -> Image.Image:  # fmt: skip
+def painted(image: Image.Image, mask: np.ndarray, background: str, mean: Colour) -> Image.Image:
     """The image with all pixels where `mask` is not 1 black, or of colour `mean` (0..1)."""
     pixels = np.array(image.convert("RGB"))
     pixels[mask != 1] = [0, 0, 0] if background == "zero" else [round(255 * m) for m in mean]

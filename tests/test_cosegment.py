@@ -434,6 +434,8 @@ def test_a_folder_gives_masks_cutouts_overlays_sheet_gallery_and_record(model, p
         assert mask.size == cut.size == over.size == size
         assert mask.mode == "L" and np.array_equal(np.asarray(mask), r.mask * np.uint8(255))
         assert np.array_equal(np.asarray(cut), np.asarray(r.cutout()))
+        shown = 255 * overlay(np.asarray(r.read()) / 255, r.probability)
+        assert np.abs(np.asarray(over) - shown).mean() < 8  # a JPEG
     found = record(out)
     assert found == written and found["complete"] and found["note"] == ""
     assert found["words"] == [[w, round(s, 4)] for w, s in r.words]
@@ -446,6 +448,8 @@ def test_a_folder_gives_masks_cutouts_overlays_sheet_gallery_and_record(model, p
         assert entry["confidence"] == pytest.approx(r.confidence, abs=1e-3)
     with Image.open(out / "contact_sheet.jpg") as sheet:
         assert sheet.size == (5 * 252 + 12, 2 * 180 + 52 + 44)  # a column for each picture
+        tiles = [np.asarray(sheet.convert("L").crop((12, y, 252, y + 180))) for y in (44, 228)]
+    assert min(tile.std() for tile in tiles) > 20 and not np.array_equal(*tiles)
 
 
 def test_backgrounds_replace_transparency(model, photos, tmp_path):

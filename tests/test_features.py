@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from lcco.common import place
 from lcco.config import Experiment
 from lcco.data import load_data
-from lcco.experiment.features import Features, make_features
+from lcco.experiment.features import Features, deterministic, make_features
 from lcco.semantics import Tower
 
 
@@ -136,3 +136,13 @@ def test_a_tower_is_loaded_once_and_a_live_backbone_belongs_to_one_model(base):
     assert two.backbone.identity == one.backbone.identity
     other = make_features(live.replace(seed=1), "cpu")  # random weights are the seed's
     assert other.backbone.identity != one.backbone.identity
+
+
+def test_deterministic_is_set_and_taken_back(base):
+    features, before = make_features(base, "cpu"), torch.get_num_threads()
+    torch.set_num_threads(2)
+    with pytest.raises(ZeroDivisionError), deterministic(features):
+        assert torch.are_deterministic_algorithms_enabled() and torch.get_num_threads() == 1
+        raise ZeroDivisionError
+    assert not torch.are_deterministic_algorithms_enabled() and torch.get_num_threads() == 2
+    torch.set_num_threads(before)

@@ -63,7 +63,7 @@ def test_state_dicts_and_initial_weights(name):
     state = LCCo(backbone=backbone, **settings).state_dict()
     shapes = sorted((k, list(v.shape)) for k, v in state.items())
     assert (len(shapes), digest(shapes, 16)) == (gold["count"], gold["shapes"])
-    if SAME:
+    if GOLD["made_with"]["torch"] == torch.__version__:
         own = {k: v for k, v in state.items() if not k.startswith("backbone.")}
         assert tensors_sha(own) == gold["initial"]
 
@@ -171,7 +171,7 @@ def train(experiment, folder, stop_at=None):
 def assert_trained(gold, folder, log):
     for line, expected in zip(log, gold["log"], strict=True):
         shared = {k: v for k, v in expected.items() if k != "lr"}
-        assert {k: line[k] for k in shared} == pytest.approx(shared, abs=2e-6 if SAME else 5e-3)
+        assert {k: line[k] for k in shared} == pytest.approx(shared, abs=2e-6 if SAME else 5e-4)
     if SAME:
         for name, expected in gold["weights"].items():
             assert tensors_sha(read_tensors(folder / f"{name}.safetensors")) == expected, name
@@ -201,4 +201,4 @@ def test_smoke_rows(row):
     found = run.evaluate(test, list(rows), 3)
     for protocol, scores in rows.items():
         got = {m: found[protocol].summary[m] for m in scores}
-        assert got == pytest.approx(scores, abs=2e-6 if SAME else 5e-3), protocol
+        assert got == pytest.approx(scores, abs=2e-6 if SAME else 5e-4), protocol

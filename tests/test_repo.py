@@ -133,7 +133,7 @@ def test_no_two_modules_import_each_other():
     TopologicalSorter(graph()).prepare()  # raises CycleError, which names them
 
 
-MOST_LINES = 5_520  # of the package: what grows must take the place of something else
+MOST_LINES = 5_500  # of the package: what grows must take the place of something else
 
 
 def test_functions_are_short_and_the_package_is_small():
@@ -276,6 +276,8 @@ def test_readme_is_short_before_the_details_and_its_numbers_are_the_committed_ro
 
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.partition("\n---\n")[0].split()) <= 1250
+    marks = ["table", "end", "summary", "end", "limits", "end"]
+    assert re.findall(r"<!-- (\w+) -->", text) == marks
     assert readme_table.filled(text) == text, "run scripts/readme_table.py"
 
 

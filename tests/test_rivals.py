@@ -327,6 +327,24 @@ def test_each_pipeline_runs_from_images_to_scores(name, parts, weights, data):
     assert str(Path(weights["sam"]).parent) not in json.dumps(record)  # no path of this machine
 
 
+@pytest.mark.parametrize("name", ["sam3", "clipseg"])
+def test_the_word_asked_for_is_the_sets_own_not_the_true_class(name, parts, weights, data):
+    rival, asked = make(name, parts, weights, **LENIENT.get(name, {})), []
+    model, processor = rival.net
+
+    class Processor:
+        def __getattr__(self, attribute):
+            return getattr(processor, attribute)
+
+        def __call__(self, text, **how):
+            asked.append(text)
+            return processor(text=text, **how)
+
+    rival.net = model, Processor()
+    list(rival(data, data.groups["cow"][:2], "car"))
+    assert np.ravel(asked).tolist() == ["cow", "cow"]
+
+
 def test_scores_are_kept_and_settings_and_data_part_them(parts, data, tmp_path, monkeypatch):
     one = make("clustering", parts, in_drawings=3)
     first = one.evaluate(data, ("ufo",), 3)

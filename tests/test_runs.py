@@ -242,7 +242,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(base, small_disk, tmp_path, m
 
 
 # --------------------------------------------------------------------------- scores
-def test_scores_are_kept_and_say_who_scored_what(base, other):
+def test_scores_are_kept_and_say_who_scored_what(base, other, monkeypatch):
     run = get_run(base)
     once = run.evaluate(other, ("ufo", "native"), 3)
     (direct,) = evaluate_all(run.predictor(), other, ["native"], 3).values()
@@ -254,8 +254,14 @@ def test_scores_are_kept_and_say_who_scored_what(base, other):
     assert run.evaluate(other, "ufo", 3)["ufo"] == once["ufo"]
     assert files[0].stat().st_mtime_ns == stamp
     assert run.evaluate(other, "ufo", 2)["ufo"].group_size == 2
-    assert run.evaluate(other, "ufo", 3, k=1)["ufo"] == run.evaluate(other, "ufo", 3, k=1)["ufo"]
+    told = run.predictor(gt=True, k=1)
+    dog = told.vocabulary.words.index("dog")
+    assert told.output(other, ([0, 1], "dog")).distilled.tolist() == [[dog]]
+    asked, real = [], run.predictor
+    monkeypatch.setattr(run, "predictor", lambda *how: asked.append(how) or real(*how))
+    run.evaluate(other, "ufo", 3, k=1)
     run.evaluate(other, "ufo", 3, gt=True)
+    assert asked == [(False, 1), (True, None)]
     assert len(list((run.path / "evaluations").glob("other-ufo-3-*.json"))) == 3
     for file in Path(home(other)).glob("groundtruth/*/*"):  # edited masks are scored anew
         invert(file)
@@ -373,6 +379,7 @@ def test_runs_are_opened_by_folder_name_and_file(base, other, tmp_path):
 def test_the_shipped_model_is_a_run_and_is_scored(other, capsys):
     run = open_run("shipped")
     assert run.experiment.name == "shipped" and run.record["trained_on"][0]["train"]
+    assert run.evaluate(other, "ufo", 3, allow_overlap=True)["ufo"].summary["images"] == len(other)
     if "LCCO_DATA" not in os.environ:  # what it was trained on is not here, which is said
         assert run.overlap(other) == 0
         assert "has seen other is unknown: data `" in capsys.readouterr().err

@@ -360,7 +360,8 @@ def test_a_vocabulary_finds_a_class_by_name_synonym_or_text(tiny, tmp_path):
 def test_painted_by_hand():
     image = Image.fromarray(np.full((1, 3, 3), 200, np.uint8))
     mask = np.array([[0, 1, 255]], np.uint8)  # 255 is void, not the object
-    assert np.array(painted(image, mask))[0].tolist() == [[0] * 3, [200] * 3, [0] * 3]
+    black = [[0] * 3, [200] * 3, [0] * 3]
+    assert np.array(painted(image, mask, "zero", (1, 1, 1)))[0].tolist() == black
     grey = [[0, 128, 255], [200] * 3, [0, 128, 255]]
     assert np.array(painted(image, mask, "mean", (0, 0.5, 1)))[0].tolist() == grey
 

@@ -5,5 +5,4 @@ from lcco.data.load import KNOWN_SETS, load_data
 from lcco.data.sampler import Draw, GroupSampler
 from lcco.data.sets import LOOKS, CoSegData
 
-__all__ = [
-    "KNOWN_SETS", "LOOKS", "CoSegData", "Draw", "GroupSampler", "check", "load_data"]  # fmt: skip
+__all__ = ["KNOWN_SETS", "LOOKS", "CoSegData", "Draw", "GroupSampler", "check", "load_data"]

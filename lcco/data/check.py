@@ -12,8 +12,6 @@ from lcco.data.load import open_folder
 from lcco.data.overlap import near_pairs, picture_hash
 from lcco.data.sets import VOC_CLASSES, CoSegData, VOCData, threaded
 
-Row = tuple[str, str, str]  # check, item, detail
-
 _ERRORS = ("missing image", "missing mask", "bad image", "bad mask", "most masks empty",
            "class without a picture", "entry left out", "in training set")  # fmt: skip
 _NOTES = ("duplicate", "empty mask", "file left out", "image left out")
@@ -55,8 +53,8 @@ def check(path: str | Path, training: CoSegData | None = None, *, limit: int = 2
     return out
 
 
-def _look(data: CoSegData, i: int, looks: dict[int, str]) -> Iterator[Row]:
-    """What is wrong with item i; its picture's hash is put into `looks`."""
+def _look(data: CoSegData, i: int, looks: dict[int, str]) -> Iterator[tuple[str, str, str]]:
+    """What is wrong with item i (check, item, detail); its picture's hash is put into `looks`."""
     key, (path, truth), side = data.keys[i], data.files[i], "image"
     try:
         looks[i] = picture_hash(pictures.read_picture(path))

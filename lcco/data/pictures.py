@@ -12,9 +12,8 @@ from PIL import Image, ImageOps
 from lcco.common import VOID, LCCoError, one_line
 
 LOSSY = (".jpg", ".jpeg", ".jpe", ".jfif")  # masks in such files are binary only nearly
-ENDINGS = frozenset({
-    *LOSSY, ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".avif", ".heic", ".heif", ".jp2",
-    ".ppm", ".pgm", ".pbm", ".pnm", ".tga"})  # fmt: skip
+ENDINGS = frozenset({*LOSSY, ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".avif", ".heic",
+                     ".heif", ".jp2", ".ppm", ".pgm", ".pbm", ".pnm", ".tga"})  # fmt: skip
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1 as shares of width and height
 
 _SYSTEM = {"@eadir", "@tmp", "#recycle", "#snapshot", "__macosx", "$recycle.bin", "lost+found",

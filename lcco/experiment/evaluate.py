@@ -97,14 +97,13 @@ def evaluate_choice(segment: Segmenter, data: CoSegData, group_size: int = 5,
 
 
 class _Scorer:
-    """A segmenter and a set; `classes` by name, each with its items sorted by key."""
+    """A segmenter and a set; `classes` by name, each with its items in the order of their keys."""
 
     def __init__(self, segment: Segmenter, data: CoSegData, group_size: int, seed: int) -> None:
         if group_size < 1:
             raise LCCoError(f"a group needs at least 1 image, not {group_size}")
         self.segment, self.data, self.group_size, self.seed = segment, data, group_size, seed
-        own, self.key = data.groups, data.keys.__getitem__
-        self.classes = {c: sorted(own[c], key=self.key) for c in sorted(own) if own[c]}
+        self.classes, self.key = data.groups, data.keys.__getitem__
         if not self.classes:
             raise LCCoError(f"data `{data.name}` has no images to evaluate")
         self.truth = lru_cache(32)(lambda i, label: data.mask(i, [label]))  # 12 MB each, of 12 MP

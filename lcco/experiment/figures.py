@@ -142,8 +142,7 @@ def _panels(rows: pd.DataFrame, draw: Callable[[Axes, pd.DataFrame], None], heig
         axes.remove()
     keys = {h.get_label(): h for a in figure.axes for h in a.get_legend_handles_labels()[0]}
     if len(keys) > 1:
-        how = {"loc": "outside upper center", "frameon": False, "ncols": 3}
-        figure.legend(handles=[*keys.values()], **how)
+        figure.legend(handles=[*keys.values()], loc="outside upper center", frameon=False, ncols=3)
     return figure
 
 
@@ -191,8 +190,7 @@ def learning_curves(runs: Mapping[str, Any]) -> Figure:
 
     def draw(axes: Axes, own: pd.DataFrame) -> None:
         for line, (name, part) in zip(cycle(LINES), own.dropna().groupby("line", sort=False)):
-            how = "k-" if name == "LCCo" else line[1:]
-            axes.plot(part["step"], part["value"], how, label=name)
+            axes.plot(part["step"], part["value"], "k-" if name == "LCCo" else line[1:], label=name)
         axes.set_xlabel("step")
 
     return _panels(logs, draw, 2.7)

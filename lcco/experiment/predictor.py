@@ -28,12 +28,11 @@ AT_ONCE = 40  # pictures through the network at once, of small sets
 def build_model(experiment: Experiment, features: Features, vocabulary: Vocabulary) -> LCCo:
     """The network of an experiment, initialised from its seed alone."""
     settings = experiment.model.model_dump(exclude={"backbone", "weights", "frozen_stages"})
+    settings |= {"embedding_width": features.tower.width, "logit_scale": features.tower.logit_scale}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(experiment.seed)
-        return LCCo(
-            backbone=features.backbone, embedding_width=features.tower.width,
-            prompts=len(vocabulary.words), logit_scale=features.tower.logit_scale, **settings,
-        ).to(memory_format=torch.channels_last)  # fmt: skip
+        net = LCCo(backbone=features.backbone, prompts=len(vocabulary.words), **settings)
+    return net.to(memory_format=torch.channels_last)
 
 
 @dataclass(eq=False)

@@ -147,9 +147,8 @@ def get_run(experiment: Experiment) -> Run:
                 best, last = path / "best.safetensors", path / "last.safetensors"
                 write_json(path / "record.json", _about(best if best.is_file() else last) | {
                     "environment": here, "begun_on": before, "data": _described(trainer.data),
-                    "holdout": _described(trainer.holdout), "training": summary,
                     "seconds": round(summary["seconds"], 1), "processes": team.num_processes,
-                })  # fmt: skip
+                    "holdout": _described(trainer.holdout), "training": summary})  # fmt: skip
                 # only now: a kill before this loses nothing
                 trainer.checkpoint.unlink(missing_ok=True)
         team.wait_for_everyone()

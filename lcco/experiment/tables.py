@@ -21,9 +21,8 @@ PRINTED = ["paper_test_set", "paper_P", "paper_J"]
 ROW_FIELDS = (
     "table", "row", "profile", "backbone", "tower", "vocabulary", "train_set", "test_set",
     "protocol", "group_size", "seed", "images", "P", "J", *PRINTED, "status", "run")  # fmt: skip
-SHARES = (
-    "P", "J", "P_class", "J_class", "J_pooled", "J_nonempty", "leak", "J_same", "gain", "decides",
-    "agreement", "false_alarms", "empty_area")  # fmt: skip
+SHARES = ("P", "J", "P_class", "J_class", "J_pooled", "J_nonempty", "leak", "J_same", "gain",
+          "decides", "agreement", "false_alarms", "empty_area")  # fmt: skip
 CAUTIONS = {  # what a reader should know of a training → whether a run's record says so
     "from an edited checkout": lambda run: run["environment"].get("dirty"),
     "from an unknown commit": lambda run: len(run["environment"].get("commit") or "") < 12,

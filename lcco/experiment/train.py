@@ -57,9 +57,8 @@ def environment(root: Path = Path(__file__).parents[2]) -> dict[str, Any]:
         "dirty": bool(git("status", "--porcelain", "--", "lcco")) if ours else None,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "platform": f"{platform.system()} {platform.machine()}", "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(), "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in PACKAGES} | {"lcco": __version__},
-    }  # fmt: skip
+        "threads": torch.get_num_threads(), "python": platform.python_version()}  # fmt: skip
 
 
 def training_data(experiment: Experiment) -> tuple[CoSegData, CoSegData | None]:
