@@ -36,8 +36,8 @@ Record = dict[str, Any]  # a result.json, or what it says of a picture
 AT_ONCE = 64  # pictures in one part of a large set: ISFC compares every two of them
 EMPTY = 0.001  # a mask below this share of the picture is no object
 # Chosen by scripts/lacking.py, which prints what each costs: a set that agrees less shares nothing;
-# a picture of less evidence lacks the object, one of less probability the class that was asked for.
-COMMON, LACKS, LACKS_CLASS = 0.14, 3.1, 0.009
+# a picture of less evidence lacks the object, or the class that was asked for.
+COMMON, LACKS, LACKS_CLASS = 0.14, 4.3, 3.9
 KINDS = {"mask": "masks/{}.png", "cutout": "cutouts/{}.png", "overlay": "overlays/{}.jpg"}
 TOOL, PAGE = "lcco cosegment", Path(__file__).with_name("gallery.html.jinja")
 MADE = ("masks", "cutouts", "overlays", "contact_sheet.jpg", "index.html", "result.json")
@@ -203,12 +203,13 @@ def _lacking(predictor, pictures, results, S, cls) -> torch.Tensor:
 
     E, text = look(), predictor.vocabulary.embeddings.T
     logits = [scale * S.cpu(), scale * E @ text]  # [n, P] each
+    sure = torch.tensor([replace(r, threshold=0.5).confidence for r in results])
     if cls is not None:
         logits.append(scale * look(tower.mean) @ text)
         word = predictor.vocabulary.nearest(cls, tower)
-        return torch.stack(logits).softmax(-1)[..., word].amax(0) < LACKS_CLASS
+        p = torch.stack(logits).softmax(-1)[..., word].amax(0)  # [n]
+        return p.log() + 10 * sure < LACKS_CLASS
     alike = (E @ E.sum(0) - 1) / (len(E) - 1)  # [n]
-    sure = torch.tensor([replace(r, threshold=0.5).confidence for r in results])
     evidence = sum(_agreement(s).log() for s in logits) + 10 * (alike + sure)
     middle = evidence.median()
     return (evidence < middle) & (evidence - middle / 2 < LACKS)  # a set that agrees asks for more
