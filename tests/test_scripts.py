@@ -42,7 +42,7 @@ def drawn(monkeypatch):
     return draw_figures
 
 
-def all_of_it(files) -> list[Result]:
+def all_of_it(files, cls=None) -> list[Result]:
     """What the model gives, without the model: the whole picture is the object."""
     sizes = [Image.open(f).size for f in files]
     whole = {"probability": np.ones((32, 32), np.float32)}
