@@ -253,7 +253,7 @@ def find_sets(sources: Iterable[Path | str], recursive: bool = False,
         if not found or not all(p.is_file() or p.is_dir() for p in found):
             raise LCCoError(f"{path}: no such file or folder; give pictures, or a folder with some")
         found = [p for p in found if p == path or not is_system(p.name)]
-        paths |= dict.fromkeys(p for p in found if not _record(p))  # nor results of before
+        paths |= dict.fromkeys(p for p in found if not _record(p))  # results of an earlier start
     sets = list(_manifest(Path(manifest).expanduser())) if manifest else []
     for folder in filter(Path.is_dir, paths):
         spot = Path() if len(paths) == 1 else Path(folder.resolve().name)

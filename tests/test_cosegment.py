@@ -579,11 +579,12 @@ def test_names_as_long_as_a_disk_allows(model, tmp_path):
     (tmp_path / "in").mkdir()
     names = ["犬" * 77 + "cc.jpg", "x" * 251 + ".jpg", "x" * 251 + ".png", "a.jpg"]
     names.append(os.fsdecode(b"\xb9" * 160 + b".jpg"))  # of an old archive, in another encoding
-    for n, name in enumerate(names):
-        try:
-            picture(n).save(tmp_path / "in" / name)
-        except OSError:  # some disks take only text
-            assert n == 4 and not names.remove(name)
+    for n, name in enumerate(names[:4]):
+        picture(n).save(tmp_path / "in" / name)
+    try:
+        picture(4).save(tmp_path / "in" / names[4])
+    except OSError:  # some disks take only text
+        names.pop()
     (found,) = cosegment_folder(tmp_path / "in", tmp_path / "out", weights=model)
     assert not any(i["error"] for i in found["images"]) and len(found["images"]) == len(names)
     stems = [Path(n).stem for n in names[:1]] + ["x" * 246, "x" * 246 + "-2", "a"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import shutil
 import subprocess
@@ -92,6 +93,21 @@ def test_one_cell_of_typed_parameters(stem):
         assert f'"{name}")' in code or f'"{name}"),' in code, f"`{name}` is not checked by `typed`"
 
 
+@pytest.mark.parametrize("stem", [stem for stem in NOTEBOOKS if stem != "method"])
+def test_the_executed_copies_found_every_expected_value(stem):
+    """A row that is not there is passed over as they run; in what is committed none may be."""
+    executed = nbformat.read(ROOT / "results" / "embedded" / "notebooks" / f"{stem}.ipynb", 4)
+    (asked,) = [code for code in code_of(source(stem)) if "EXPECTED = " in code]
+    (cell,) = [c for c in executed.cells if c.cell_type == "code" and c.source == asked]
+    tree = next(x for x in ast.parse(asked).body if isinstance(x, ast.Assign))
+    expected = ast.literal_eval(tree.value)
+    values = expected.get("embedded", expected).values()
+    said = [line for out in cell.outputs for line in out.get("text", "").splitlines()]
+    ends = [f", expected {value} ± {tolerance}" for value, tolerance in values]
+    assert len(said) == len(ends) > 0
+    assert all(line.endswith(end) for line, end in zip(said, ends, strict=True))
+
+
 # ---------------------------------------------------------------------------------- as they run
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -171,6 +187,20 @@ def test_without_a_baseline_the_rest_is_shown(stem, elsewhere, tmp_path, monkeyp
         assert said["Baseline"][0].startswith("not run: training not found (smoke-")
     for name in FIGURES[stem]:
         assert (tmp_path / "out" / f"{name}.png").stat().st_size
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("stem", ["01_main_results", "07_feature_regularization"])
+def test_pictures_that_were_trained_on_are_not_measured(stem, elsewhere, tmp_path):
+    """Their rows say so, and the notebook goes on with the other sets."""
+    profile = {"base": "smoke", "tests": ["glyphworld_train", "glyphworld_test"]}
+    (tmp_path / "mine.yaml").write_text(json.dumps(profile))
+    run(stem, profile=str(tmp_path / "mine.yaml"), results=str(tmp_path / "out"))
+    table = pd.read_csv(tmp_path / "out" / f"{TABLES[stem][0]}.csv")
+    said = table.groupby("test_set")["status"].unique().map(list)
+    assert said["glyphworld_test"] == ["measured"]
+    (why,) = said["glyphworld_train"]
+    assert why.startswith("not run: ") and "trained on" in why
 
 
 @pytest.mark.timeout(300)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -78,6 +79,21 @@ def test_a_profiles_page(report, tmp_path: Path):
     assert text.index("## Table 1") < text.index("## Table 5") < text.index("## Made on")
     assert "**61.0 ± 1.0**" in text and "– not run: data not found (internet300);" in text
     assert "[csv](table1_main.csv), [tex](table1_main.tex)" in text and "\n\n\n" not in text
+
+
+def test_a_page_says_which_tables_hold_other_weights_of_one_name(report, tmp_path: Path):
+    for name, title in (("table1_main", "One"), ("choice", "Two"), ("words", "Three")):
+        rows = pd.DataFrame(measured("LCCo", [60.0], table=name))
+        table = Table(name, with_paper(rows), title=title)
+        table.write(tmp_path / "lite", runs_of(table))
+    assert "was trained" not in report.results_readme(tmp_path / "lite").read_text()
+    file = tmp_path / "lite" / "choice.records.json"
+    stored = json.loads(file.read_text())
+    stored["runs"]["LCCo-0"]["weights_sha256"] = "other"
+    file.write_text(json.dumps(stored))
+    text = report.results_readme(tmp_path / "lite").read_text()
+    assert "`LCCo-0` was trained 2 times" in text
+    assert "one training stands in One, Three; another in Two." in text
 
 
 def test_the_index_never_averages_over_test_sets(report, tmp_path: Path):

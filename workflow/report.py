@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,15 @@ def results_readme(folder: Path) -> Path:
     own = {figure for figures in beside.values() for figure in figures}
     rest = [c for c in captions if c not in own]
     runs = trainings({name: run for t in tables for name, run in t.runs.items()})
+    made = defaultdict(lambda: defaultdict(list))  # run → its weights → the tables they stand in
+    for table in tables:
+        for name, run in table.runs.items():
+            made[name][run.get("weights_sha256")].append(table.title)
     return _page(
         folder / "README.md", "profile.md", name=folder.name, about=_about(folder.name),
         headline=headline(tables), books=sorted(folder.glob("notebooks/*.ipynb")), tables=tables,
         captions=captions, beside=beside, rest=rest, runs=runs,
+        again={name: own for name, own in made.items() if len(own) > 1},
         time=duration(runs["seconds"].sum()),
     )  # fmt: skip
 

@@ -109,7 +109,7 @@ class Trainer:
             print(f"{said}: weights are chosen on pictures of training", file=sys.stderr)
         if few:
             items = range(min(few, len(self.data)))
-            d = d.model_copy(update=dict.fromkeys(("given", "absent", "paired"), 0))  # no dearer
+            d = d.model_copy(update=dict.fromkeys(("given", "absent", "paired"), 0))  # as dear
             self.data, self.holdout = self.data.subset(items, f"{few} of {self.data.name}"), None
         self.features = make_features(experiment)
         self.vocabulary = make_vocabulary(self.features.tower, experiment.tower)
@@ -284,7 +284,7 @@ class Trainer:
             data = io.BytesIO()
             torch.save(own | {"state": self.state, "log": self.log}, data)
             lines = [f"{json.dumps(line)}\n" for line in self.log]
-            write_text(self.folder / "metrics.jsonl", "".join(lines))  # first: a last step is final
+            write_text(self.folder / "metrics.jsonl", "".join(lines))  # before the last checkpoint
             with atomic_path(self.checkpoint) as part:  # see `save_model`
                 part.write_bytes(data.getbuffer())
 
