@@ -16,17 +16,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from lcco.common import LCCoError, Missing, digest, one_line
 
 PACKAGE_WEIGHTS = Path(__file__).parent / "weights"
-IMAGENET_NORM = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF_NORM = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-
-_SPECS = {  # name: channels of the four maps, (mean, std) of RGB in 0..1
-    "resnet18": ((64, 128, 256, 512), IMAGENET_NORM),
-    "resnet34": ((64, 128, 256, 512), IMAGENET_NORM),
-    "resnet50": ((256, 512, 1024, 2048), IMAGENET_NORM),
-    "resnet101": ((256, 512, 1024, 2048), IMAGENET_NORM),
-    "efficientnet_lite2": ((24, 48, 120, 352), HALF_NORM),
-    "glyphnet": ((32, 64, 128, 256), HALF_NORM),
-}
+BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "efficientnet_lite2", "glyphnet")
 
 
 class Backbone(nn.Module):
@@ -36,10 +27,11 @@ class Backbone(nn.Module):
     (pre-trained weights), stay in evaluation mode: a step is too few images for batch statistics.
     """
 
-    def __init__(self, name: str, stages: Sequence[nn.Module], frozen_stages: int,
+    def __init__(self, name: str, net: nn.Module, stages: Sequence[nn.Module], frozen_stages: int,
                  keep_statistics: bool) -> None:  # fmt: skip
         super().__init__()
-        self.name, (self.channels, (self.mean, self.std)) = name, _SPECS[name]
+        self.name, self.channels = name, tuple(f["num_chs"] for f in net.feature_info[-4:])
+        self.mean, self.std = net.pretrained_cfg["mean"], net.pretrained_cfg["std"]
         self.frozen_stages, self.keep_statistics = frozen_stages, keep_statistics
         # channels-last is 2 to 3 times faster on a CPU
         self.stages = nn.ModuleList(stages).to(memory_format=torch.channels_last)
@@ -95,7 +87,7 @@ def make_backbone(name: str, weights: str | None, frozen_stages: int = 0) -> Bac
         return out.train()
     net, parts = _network(name)
     stages = [nn.Sequential(*part) for part in parts]
-    out = Backbone(name, stages, frozen_stages, keep_statistics=weights is not None)
+    out = Backbone(name, net, stages, frozen_stages, keep_statistics=weights is not None)
     if weights is not None:
         _fill(net, name, weights, out)
     return out
@@ -137,16 +129,17 @@ def _network(name: str) -> tuple[nn.Module, list[list[nn.Module]]]:
     """A classifier with random weights, and the parts of its four stages."""
     import timm
 
-    if name not in _SPECS:
-        raise LCCoError(f"`model.backbone` is {name!r}; it must be one of {', '.join(_SPECS)}")
+    if name not in BACKBONES:
+        raise LCCoError(f"`model.backbone` is {name!r}; it must be one of {', '.join(BACKBONES)}")
     if name == "efficientnet_lite2":
         net = timm.create_model("tf_efficientnet_lite2")
         b = list(net.blocks)
         return net, [[net.conv_stem, net.bn1, *b[:2]], b[2:3], b[3:5], b[5:7]]
     if name == "glyphnet":
         # a thin stem: with the usual one of 64 channels three quarters of the time would go there
-        shape = {"channels": _SPECS[name][0], "stem_width": 8, "stem_type": "deep"}
+        shape = {"channels": (32, 64, 128, 256), "stem_width": 8, "stem_type": "deep"}
         net = timm.models.ResNet(timm.models.resnet.BasicBlock, layers=(1, 1, 1, 1), **shape)
+        net.pretrained_cfg = dict(zip(("mean", "std"), HALF_NORM, strict=True))
     else:
         net = timm.create_model(name, zero_init_last=False)
     stem = [net.conv1, net.bn1, net.act1, net.maxpool]
@@ -194,10 +187,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     from timm.models import load_state_dict
 
     with reading(path):
-        state = load_state_dict(str(path), weights_only=True)
-        if not all(isinstance(value, Tensor) for value in state.values()):
-            raise TypeError("no mapping of names to tensors")
-    return state
+        return load_state_dict(str(path), weights_only=True)
 
 
 @contextlib.contextmanager

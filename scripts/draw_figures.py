@@ -21,8 +21,8 @@ from PIL import Image
 
 from lcco.config import load_profile
 from lcco.data import CoSegData, load_data
-from lcco.experiment.plan import BASELINE
 from lcco.experiment.runs import Run, find_run
+from lcco.experiment.variants import BASELINE
 from lcco.metrics import count, resize_map
 from lcco.store import atomic_path
 

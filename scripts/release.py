@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from lcco.backbones import read_about, read_tensors
 from lcco.common import LCCoError, Missing, duration, file_digest
 from lcco.config import Profile, load_profile
-from lcco.experiment.plan import BASELINE
 from lcco.experiment.runs import Run, get_run, load_tests, open_run
+from lcco.experiment.variants import BASELINE
 from lcco.store import atomic_path, write_text
 
 

@@ -14,10 +14,10 @@ import nbformat
 import pandas as pd
 import papermill
 import pytest
+from plan import NOTEBOOKS as NUMBERS
+from plan import all_jobs, needs
 
 from lcco.config import load_profile, profile_names
-from lcco.experiment.plan import NOTEBOOKS as NUMBERS
-from lcco.experiment.plan import all_jobs, needs
 from lcco.experiment.runs import get_run
 
 ROOT = Path(__file__).parents[1]

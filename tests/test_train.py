@@ -19,7 +19,6 @@ from lcco.common import LCCoError
 from lcco.config import Experiment, load_profile
 from lcco.data import Draw, load_data
 from lcco.experiment import train
-from lcco.experiment.plan import BASELINE
 from lcco.experiment.predictor import (
     Predictor,
     load_model,
@@ -29,6 +28,7 @@ from lcco.experiment.predictor import (
 )
 from lcco.experiment.runs import open_run
 from lcco.experiment.train import Trainer, holdout_score, learning_rate
+from lcco.experiment.variants import BASELINE
 
 
 @pytest.fixture

@@ -13,19 +13,16 @@ import sys
 import time
 from pathlib import Path
 
+import jobs
 import nbformat
 import pytest
+from plan import all_jobs
 
 from lcco.common import LCCoError
 from lcco.config import load_profile
-from lcco.experiment.plan import all_jobs
 from lcco.store import write_json
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "workflow"))
-import jobs  # noqa: E402
-
-sys.path.pop(0)
 SNAKEMAKE = [sys.executable, "-m", "snakemake", "-s", str(ROOT / "workflow" / "Snakefile")]
 pytestmark = pytest.mark.timeout(600)
 

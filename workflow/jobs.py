@@ -23,9 +23,10 @@ if __name__ == "__main__":  # Ctrl-C while the rest is imported ends it without 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from plan import Job, all_jobs  # noqa: E402
+
 from lcco.common import LCCoError, Missing, duration  # noqa: E402
 from lcco.config import Profile, load_profile, nearest, typed  # noqa: E402
-from lcco.experiment.plan import Job, all_jobs  # noqa: E402
 from lcco.store import atomic_path, read_json, write_json, write_text  # noqa: E402
 
 

@@ -15,10 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lcco.config import Experiment, Profile
 from lcco.experiment.features import make_features
-from lcco.experiment.plan import MODULES
 from lcco.experiment.predictor import build_model
 from lcco.experiment.runs import environment
 from lcco.experiment.tables import label, row
+from lcco.experiment.variants import MODULES
 from lcco.semantics import make_vocabulary
 
 TOWER, BACKBONE, BASELINE = "image tower", "backbone", "Baseline"

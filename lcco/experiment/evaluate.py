@@ -15,7 +15,7 @@ from lcco.metrics import Counts, Protocol, count, get_protocol, shuffled
 # (data, items of one set, the class they are scored for, which only "GT semantics" may look at)
 # → one map an item in 0..1, [h, w] of any size. An item may stand twice in a set.
 Segmenter = Callable[[CoSegData, list[int], str], Sequence[np.ndarray]]
-CHOICE = {"choice": "native", "choice-ufo": "ufo"}  # the choice test's size, threshold and void
+CHOICE = "choice"  # the choice test; its size, threshold and void are those of `native`
 LEAST = 0.01  # choice: an object counts from this share of the image on
 SCORING_VERSION = 3  # raised when the same weights would score otherwise. 3: sets of one image
 
@@ -37,11 +37,11 @@ def evaluate_all(segment: Segmenter, data: CoSegData, protocols: Sequence[str],
                  group_size: int = 5, seed: int = 0) -> dict[str, Evaluation]:  # fmt: skip
     """Score a segmenter under several protocols, with one pass for those that share their groups.
 
-    Images are taken by key; `seed` draws the groups of `native`. Names in `CHOICE` give
+    Images are taken by key; `seed` draws the groups of `native`. `choice` gives
     `evaluate_choice`. Raises: LCCoError for an unknown protocol, no images, or maps outside 0..1.
     """
     scorer = _Scorer(segment, data, group_size, seed)
-    chosen = {name: get_protocol(name) for name in protocols if name not in CHOICE}
+    chosen = {name: get_protocol(name) for name in protocols if name != CHOICE}
     sets, kinds = [], dict.fromkeys(p.grouping for p in chosen.values())
     for (label, items), kind in product(scorer.classes.items(), kinds):
         names = [name for name, p in chosen.items() if p.grouping == kind]
@@ -56,7 +56,7 @@ def evaluate_all(segment: Segmenter, data: CoSegData, protocols: Sequence[str],
                 rows[name].append(chosen[name].row(data.keys[i], label, counts))
     ran = {name: sum(name in names for *_, names in sets) for name in chosen}
     out = {name: scorer.evaluation(name, p, rows[name], ran[name]) for name, p in chosen.items()}
-    if CHOICE.keys() & set(protocols):
+    if CHOICE in protocols:
         out |= evaluate_choice(segment, data, group_size, seed)
     return {name: out[name] for name in protocols}
 
@@ -69,7 +69,7 @@ def evaluate_choice(segment: Segmenter, data: CoSegData, group_size: int = 5,
     or as it stands in two classes' folders. Its mates, drawn by `seed`, show the wanted class, and
     not the other while there are such pictures; with none of those the picture is skipped.
 
-    Returns: the names in `CHOICE`. A row is one mask: beside `Protocol.row`, `leak` (its J with the
+    Returns: `choice` alone. A row is one mask: beside `Protocol.row`, `leak` (its J with the
     `other` class), `decides` (J > leak), and of the picture's two masks `J_same` (what the better
     one scores in both sets) and `agreement` (their IoU). The summary has their means, `gain` = J −
     J_same and `clean_mates` (share). What ignores the set has agreement 1, gain 0, J ≤ 0.5.
@@ -80,20 +80,16 @@ def evaluate_choice(segment: Segmenter, data: CoSegData, group_size: int = 5,
     plan, about = (scorer := _Scorer(segment, data, group_size, seed)).choices()
     if not plan:
         raise LCCoError(f"data `{data.name}` has no picture of two classes that others show")
-    protocols, out = {name: get_protocol(base) for name, base in CHOICE.items()}, {}
-    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in CHOICE}
+    native, rows = get_protocol("native"), []
     found = scorer.maps([(members, c) for sets in plan.values() for c, members in sets.items()])
     for picture, sets in progress(plan.items(), f"choice test on {data.name}"):
         maps = [next(found)[0] for _ in sets]
-        for name, p in protocols.items():
-            rows[name] += scorer.choice_rows(p, picture, sets, maps)
-    for name, p in protocols.items():
-        out[name] = scorer.evaluation(name, p, rows[name], 2 * len(plan))
-        summary = out[name].summary
-        for key in ("leak", "decides", "J_same", "agreement"):
-            summary[key] = float(np.mean([row[key] for row in rows[name]]))
-        summary |= about | {"gain": summary["J_image"] - summary["J_same"]}
-    return out
+        rows += scorer.choice_rows(native, picture, sets, maps)
+    out = scorer.evaluation(CHOICE, native, rows, 2 * len(plan))
+    for key in ("leak", "decides", "J_same", "agreement"):
+        out.summary[key] = float(np.mean([row[key] for row in rows]))
+    out.summary.update(about, gain=out.summary["J_image"] - out.summary["J_same"])
+    return {CHOICE: out}
 
 
 class _Scorer:
