@@ -1,6 +1,6 @@
 """Make the embedded profile's two networks: `python scripts/make_glyph_weights.py --out DIR`.
 
-Both are trained on GlyphWorld drawings of all 40 classes, as the real CLIP and ImageNet hold the
+Both are trained on GlyphWorld drawings of all classes, as the real CLIP and ImageNet hold the
 classes that co-segmentation is tested on; masks are never used, nor a drawing of any fold.
 
 glyph_clip: open_clip's CLIP (a timm ResNet and a Transformer), trained with open_clip's ClipLoss
@@ -51,19 +51,19 @@ tokenise = open_clip.SimpleTokenizer(context_length=SPAN)
 class Recipe:
     """How much both are trained; the defaults made the shipped weights."""
 
-    alone: int = 4_000  # drawings of one object
-    scenes: int = 8_000  # drawings of two or three
+    alone: int = 8_000  # drawings of one object
+    scenes: int = 16_000  # drawings of two or three
     held_out: int = 400  # drawings of either kind behind each measured number
-    clip_steps: tuple[int, int] = (500, 1100)  # on single objects, on scenes (a quarter single)
-    backbone_steps: tuple[int, int] = (600, 1000)  # on single objects, on scenes
+    clip_steps: tuple[int, int] = (600, 1700)  # on single objects, on scenes (a quarter single)
+    backbone_steps: tuple[int, int] = (800, 1800)  # on single objects, on scenes
     backbone_batch: int = 40
 
 
-SHORT = Recipe(40, 40, 120, (1, 1), (1, 1), 8)
+SHORT = Recipe(85, 85, 170, (1, 1), (1, 1), 8)
 
 
 class Drawings(NamedTuple):
-    """Pictures, uint8 [n, 3, size, size], and the classes each holds, bool [n, 40]."""
+    """Pictures, uint8 [n, 3, size, size], and the classes each holds, bool [n, classes]."""
 
     images: Tensor
     holds: Tensor
@@ -187,7 +187,7 @@ class PlaceHeads(nn.Module):
             nn.init.zeros_(head.bias)
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Maps at strides 4 to 32 → three logits [B, 40]."""
+        """Maps at strides 4 to 32 → three logits [B, classes]."""
         scores = [3 * head(m).flatten(2) for head, m in zip(self.heads, maps[1:], strict=True)]
         return [(torch.logsumexp(s, 2) - math.log(s.shape[2])) / 3 for s in scores]
 
@@ -202,7 +202,7 @@ def train_backbone(alone: Drawings, scenes: Drawings, r: Recipe) -> nn.Sequentia
         data = alone if step < r.backbone_steps[0] else scenes
         items = rng.integers(len(data.images), size=r.backbone_batch)
         truth = data.holds[items].float()
-        truth = truth / truth.sum(1, keepdim=True)  # cross-entropy learns faster than 40 yes-or-no
+        truth = truth / truth.sum(1, keepdim=True)  # cross-entropy learns faster than yes-or-no
         losses = [F.cross_entropy(x.float(), truth) for x in both(augment(data.images[items], rng))]
         return 0.5 * losses[0] + losses[1] + 0.5 * losses[2]
 
@@ -230,7 +230,7 @@ def save(folder: Path, name: str, net: nn.Module, recipe: Recipe, **card: object
         "command": "python scripts/make_glyph_weights.py --out DIR", "classes": NAMES,
         "recipe": asdict(recipe), "sha256": file_digest(path, 64), "glyphworld": VERSION,
         "mean": (0.5,) * 3, "std": (0.5,) * 3, "versions": {p: version(p) for p in PACKAGES},
-        "note": "trained on drawings of all 40 classes, those of the test fold too, as CLIP and "
+        "note": "trained on drawings of all classes, those of the test fold too, as CLIP and "
         "ImageNet know the classes co-segmentation is tested on; no mask was used, and no picture "
         "of a fold of GlyphWorld",
     })  # fmt: skip

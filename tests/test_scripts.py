@@ -185,7 +185,7 @@ def test_short_command_writes_both_networks(tmp_path, monkeypatch, capsys):
 def test_shipped_files_are_those_that_the_card_describes(name):
     path, card = WEIGHTS / f"{name}.safetensors", json.loads((WEIGHTS / f"{name}.json").read_text())
     assert file_digest(path, 64) == card["sha256"] and path.stat().st_size <= 5_000_000
-    assert card["classes"] == list(CLASSES) and card["recipe"]["scenes"] == 8000
+    assert card["classes"] == list(CLASSES) and card["recipe"]["scenes"] == 16000
 
 
 def test_shipped_clip_names_objects_and_what_a_set_shares(held):
@@ -207,23 +207,23 @@ def test_shipped_clip_names_objects_and_what_a_set_shares(held):
 
 
 def test_shipped_backbone_tells_classes_apart_place_by_place():
-    """Mean features at objects' places: the nearest class centre is right, far above 1 in 40."""
+    """Mean features at objects' places: the nearest class centre is right, far above 1 in 85."""
     from lcco.backbones import make_backbone
 
     net = make_backbone("glyphnet", "package", frozen_stages=4).eval()
     names, features, truth = list(CLASSES), [], []
-    for n in range(160):
-        picture, labels = draw([names[n % 40], names[(n * 7 + 11) % 40]], (55, n))
+    for n in range(340):
+        picture, labels = draw([names[n % 85], names[(n * 7 + 11) % 85]], (55, n))
         with torch.no_grad():
             maps = net(torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255)
-        at = torch.from_numpy(labels == n % 40 + 1)[None, None].float()
+        at = torch.from_numpy(labels == n % 85 + 1)[None, None].float()
         at = torch.nn.functional.adaptive_avg_pool2d(at, maps[2].shape[-2:])
         features.append((maps[2] * at).sum((0, 2, 3)) / at.sum().clamp(min=1e-6))
-        truth.append(n % 40)
+        truth.append(n % 85)
     x = torch.nn.functional.normalize(torch.stack(features) - torch.stack(features).mean(0), dim=1)
     y = torch.tensor(truth)
-    centres = torch.stack([x[:120][y[:120] == c].mean(0) for c in range(40)])
-    assert ((x[120:] @ centres.T).argmax(1) == y[120:]).float().mean() > 0.5
+    centres = torch.stack([x[:255][y[:255] == c].mean(0) for c in range(85)])
+    assert ((x[255:] @ centres.T).argmax(1) == y[255:]).float().mean() > 0.5
 
 
 def test_the_accuracies_count_what_they_say():

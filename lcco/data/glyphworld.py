@@ -19,16 +19,22 @@ from lcco.common import digest, place
 from lcco.data.sets import CoSegData
 from lcco.store import IN_A_FILE, kept
 
-VERSION = 1  # counts up whenever the same seed would draw something else
+VERSION = 1  # counts up whenever the same classes and seed would draw something else
 
 # The symbols of the names in vocab/glyphs.txt. No picture of a training fold holds a test class.
-_TRAIN, _TEST = "☀☁★☃☘☛☢☯☸☺♔♜♟♠♬♻⚄⚒⚖⚱✂✉✎❄⌂🐵⬅⚡", "☂☎☕☠♞♥⚑⚓⚙✈✿🐱"
+_TRAIN = (
+    "☀☁★☃☘☛☢☯☸☺♔♜♟♠♬♻⚄⚒⚖⚱✂✉✎❄⌂🐵⬅⚡"
+    "♨☣☤☥☮♀♂♆♈♉♛♝♣♦♿⚔⚗⚛⚜⚠⚷⛃✌✍✇✔✖✚✠✦✱✹❖❢❦🐭🐮😈⌘⌨⏏⬢🁢🂡😎"
+)
+_TEST = "☂☎☕☠♞♥⚑⚓⚙✈✿🐱"
 _NAMES = (Path(__file__).parents[1] / "vocab/glyphs.txt").read_text(encoding="utf-8").splitlines()
 CLASSES: dict[str, str] = dict(zip(_NAMES, _TRAIN + _TEST, strict=True))  # name → symbol
 TRAIN_CLASSES, TEST_CLASSES = tuple(_NAMES[: len(_TRAIN)]), tuple(_NAMES[len(_TRAIN) :])
 _LABELS = {name: n for n, name in enumerate(CLASSES, 1)}
-_LINE_ART = "☃☺♔⚄✉✎⌂🐵☕☠🐱☯"  # the outline is filled and the lines stand on it, darker
-_OPEN = "☸♻⚖✂❄⚓⚙♬"  # one sees the background through the holes; those of others have a shade
+# The outline is filled and the lines stand on it, darker.
+_LINE_ART = "☃☺♔⚄✉✎⌂🐵☕☠🐱☯⚗⚠⛃✌✍🐭🐮😈⌨🂡😎"
+# One sees the background through the holes; those of others have a shade.
+_OPEN = "☸♻⚖✂❄⚓⚙♬☣☥☮♀♂♉⚷❖⌘"
 _GREY = (0.299, 0.587, 0.114)
 _Scene = tuple[str, tuple[str, ...], tuple[str, ...]]  # key, classes, groups
 _COUNTS = {"pretrain": 4000, "train": 3000, "holdout": 300, "test": 25, "choice": 264}
@@ -185,19 +191,17 @@ class GlyphWorld(CoSegData):
     def _draw(self, start: int) -> np.ndarray:
         """Pictures and label maps [n, size, size, 3 + 1]; kept, as drawing takes its time."""
         items = range(start, min(start + IN_A_FILE, len(self)))
-        file = place("cache") / f"glyphworld-{digest([self.content(i) for i in items], 16)}.npy"
+        name = digest([_LABELS, [self.content(i) for i in items]], 16)
+        file = place("cache") / f"glyphworld-{name}.npy"
         scenes = [(self.scenes[i], (self._seed, i), self.size) for i in items]
         return kept(file, lambda: np.stack([np.dstack(draw(*scene)) for scene in scenes]))
 
     def image(self, i: int) -> Image.Image:
         return Image.fromarray(self._file(i - i % IN_A_FILE)[i % IN_A_FILE, ..., :3])
 
-    def labels(self, i: int) -> np.ndarray:
-        """The label map of picture i, uint8 [size, size], as `draw` gives it."""
-        return self._file(i - i % IN_A_FILE)[i % IN_A_FILE, ..., 3]
-
     def mask(self, i: int, classes: Collection[str]) -> np.ndarray:
-        return np.isin(self.labels(i), [_LABELS.get(c, -1) for c in classes]).astype(np.uint8)
+        labels = self._file(i - i % IN_A_FILE)[i % IN_A_FILE, ..., 3]
+        return np.isin(labels, [_LABELS.get(c, -1) for c in classes]).astype(np.uint8)
 
     def content(self, i: int) -> str:
         return digest([VERSION, self._seed, i, self.size, self.scenes[i]], 16)
