@@ -59,6 +59,7 @@ class TowerConfig(Settings):
     weights: str | None = "openai"  # a tag of open_clip's, a file, "package", null = random
     vocabulary: Name = "coco80"  # coco80, voc20, imagenet1k, glyphs, or a text file
     templates: Annotated[Names, Field(min_length=1)] = ("a photo of a {}.",)
+    precision: Literal["no", "bf16"] = "no"  # of the images' embeddings
 
 
 class ModelConfig(Settings):
@@ -72,6 +73,7 @@ class ModelConfig(Settings):
     clip_interaction: bool = True
     clip_regularization: bool = True
     isfc_softmax: Literal["neighbours", "channels"] = "neighbours"
+    isfc_neighbours: Positive | None = None  # Deviation: attend to that many, the most similar ones
     placement: Literal["decoder", "encoder"] = "decoder"
     strides: tuple[int, int, int] = (32, 16, 8)  # where F1, F2, F3 sit in the decoder
     modulation_residual: bool = False

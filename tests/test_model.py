@@ -364,10 +364,31 @@ def test_parts_and_ragged_groups_change_nothing_forward_and_backward(softmax):
 
 
 def test_neighbours_are_the_others_of_a_group_or_else_itself():
-    index, valid = ISFC.neighbours(torch.tensor([0, 1, 1, 1]))
+    index, valid = ISFC(8).neighbours(torch.tensor([0, 1, 1, 1]))
     assert valid.tolist() == [[True, False], [True, True], [True, True], [True, True]]
     assert index[0, 0] == 0
     assert [sorted(index[i].tolist()) for i in (1, 2, 3)] == [[2, 3], [1, 3], [1, 2]]
+
+
+def test_an_image_may_attend_to_its_most_similar_others_alone():
+    m, few, group = isfc(), isfc(most=2), torch.tensor([0, 1, 1, 1, 1, 1, 2, 2])
+    x, h = numbers(8, 8, 2, 3), F.normalize(numbers(8, 4, seed=5), dim=1)
+    y, alike = few(x, group, h), h @ h.T
+    for i in range(8):
+        others = [j for j in range(8) if j != i and group[j] == group[i]]
+        chosen = [i, *sorted(others, key=lambda j: -float(alike[i, j]))[:2]]
+        near(y[i], m(x[chosen], torch.zeros(len(chosen), dtype=torch.long))[0])
+    assert (y - m(x, group)).abs().max() > 1e-3  # five are cut to two
+    near(isfc(most=4)(x, group, h), m(x, group))
+
+
+def test_isfc_neighbours_are_chosen_by_the_embeddings_that_the_network_is_given():
+    alone = {"clip_interaction": False, "clip_regularization": False}
+    net, nearest = network(**alone), network(**alone, isfc_neighbours=1)
+    x, h, text = images(1, 5), unit(1, 5, D, seed=6), unit(P, D)
+    out = nearest(x, 3 * h, text).logits[0]
+    for i, j in enumerate((h[0] @ h[0].T - 2 * torch.eye(5)).argmax(1).tolist()):
+        near(out[i], net(x[:, [i, j]], h[:, [i, j]], text).logits[0, 0])
 
 
 # ------------------------------------------------------------------------------------------ Eq. 3–8

@@ -17,6 +17,7 @@ from PIL import Image
 
 from lcco import backbones, semantics
 from lcco.common import LCCoError, Missing, place
+from lcco.model import LCCo
 from lcco.semantics import (
     ConseTower,
     OpenClipTower,
@@ -205,9 +206,26 @@ def test_conse_is_its_formula(conse):
     torch.testing.assert_close(got.norm(dim=1), torch.ones(3))
 
 
+def test_embeddings_in_bf16_are_near_and_have_a_name_of_their_own(tiny, card, conse):
+    settings = {"model": str(card), "weights": None, "templates": conse.templates}
+    x, names = torch.rand(1, 2, 3, 64, 64), ["a cat", "a dog", "a bus", "a cup"]
+    for tower, kind in ((tiny, "openclip"), (conse, "conse")):
+        other = make_tower(SimpleNamespace(kind=kind, precision="bf16", **settings), "cpu")
+        whole, rounded = (t.encode_images([picture(0), picture(1)]) for t in (tower, other))
+        assert rounded.dtype == torch.float32 and not torch.equal(whole, rounded)
+        torch.testing.assert_close(rounded, whole, atol=0.02, rtol=0)
+        text = tower.encode_prompts(names)
+        assert torch.equal(other.encode_prompts(names), text) and other.identity != tower.identity
+        torch.manual_seed(0)
+        backbone = backbones.make_backbone("glyphnet", None)
+        net = LCCo(backbone=backbone, embedding_width=tower.width, prompts=4, width=16).eval()
+        a, b = (net(x, h[None], text).logits.sigmoid() for h in (whole, rounded))
+        assert 0 < (a - b).abs().max() < 0.01
+
+
 def test_identities_of_conse_and_the_tower_that_settings_name(conse):
     assert ConseTower().identity == conse.identity
-    other = make_tower(SimpleNamespace(kind="conse", templates=("{}",)))
+    other = make_tower(SimpleNamespace(kind="conse", templates=("{}",), precision="no"))
     assert other.identity != conse.identity
     shipped = backbones.read_about(backbones.model_file("shipped"))
     templates = shipped["experiment"]["tower"]["templates"]
