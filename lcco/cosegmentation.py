@@ -8,7 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import count, pairwise
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ AT_ONCE = 64  # pictures in one part of a large set: ISFC compares every two of 
 EMPTY = 0.001  # a mask below this share of the picture is no object
 # Chosen by scripts/lacking.py, which prints what each costs: a set that agrees less shares nothing;
 # a picture of less evidence lacks the object, or the class that was asked for.
-COMMON, LACKS, LACKS_CLASS = 0.14, 4.3, 3.9
+COMMON, LACKS, LACKS_CLASS = 0.14, 1.5, 4.3
 KINDS = {"mask": "masks/{}.png", "cutout": "cutouts/{}.png", "overlay": "overlays/{}.jpg"}
 TOOL, PAGE = "lcco cosegment", Path(__file__).with_name("gallery.html.jinja")
 MADE = ("masks", "cutouts", "overlays", "contact_sheet.jpg", "index.html", "result.json")
@@ -157,29 +157,40 @@ def load_segmenter(weights: Path | str | None = None) -> Predictor:
 
 
 def _segment(predictor: Predictor, results: list[Result], cls: str | None, keep: bool) -> None:
-    """Fill in results: even parts of at most `AT_ONCE`; words and agreement are over all."""
-    f, similarities = predictor.features, []
+    """Fill in results; where pictures seem to lack the object, masks of the others without them."""
+    f = predictor.features
     side = max(f.size, getattr(f.tower, "size", 0))
     pictures = [p for p in threaded(lambda r: r.read(side), results, "reading") if p]
     if not (good := [r for r in results if not r.error]):
         return
     data = CoSegData("pictures", "decoded", [digest(p.tobytes(), 16) for p in pictures])
     data.image, data.content = pictures.__getitem__, data.keys.__getitem__  # there are no files
-    edges = np.linspace(0, len(good), -(-len(good) // AT_ONCE) + 1).round().astype(int)
-    for a, b in pairwise(edges.tolist()):
-        out = predictor.output(data, (range(a, b), cls))
-        similarities.append(out.similarity[0])
-        for result, logits in zip(good[a:b], out.logits[0], strict=True):
-            result.probability = logits.float().sigmoid().cpu().numpy()
-    S = torch.cat(similarities)  # [n, P]
-    words, agreements = _words(predictor, S), _agreement(S * f.tower.logit_scale)
-    for result, agreement in zip(good, agreements.tolist(), strict=True):
-        result.words, result.agreement = words, agreement
+    S = _find(predictor, data, np.arange(len(good)), good, cls)
+    shown = np.ones(len(good), bool)
     # The evidence is calibrated for ConSE. Of two pictures, nobody knows which one lacks it.
     known = predictor.experiment and predictor.experiment.tower.kind == "conse"
     if known and not keep and (cls is not None or len(good) > 2):
-        for n in _lacking(predictor, pictures, good, S, cls).nonzero()[:, 0].tolist():
-            good[n].lacks, good[n].probability = True, np.zeros_like(good[n].probability)
+        shown = ~_lacking(predictor, pictures, good, S, cls).numpy()
+        if shown.any() and not shown.all():
+            _find(predictor, data, shown.nonzero()[0], good, cls)
+    words = _words(predictor, S[shown] if shown.any() else S)
+    agreements = _agreement(S * f.tower.logit_scale).tolist()
+    for result, agreement, there in zip(good, agreements, shown.tolist(), strict=True):
+        result.words, result.agreement, result.lacks = words, agreement, not there
+        if result.lacks:
+            result.probability = np.zeros_like(result.probability)
+
+
+def _find(predictor: Predictor, data: CoSegData, items: np.ndarray, results: Sequence[Result],
+          cls: str | None) -> torch.Tensor:  # fmt: skip
+    """The probabilities of items, in even parts of at most `AT_ONCE`; returns their S [n, P]."""
+    similarities = []
+    for part in np.array_split(items, -(-len(items) // AT_ONCE)):
+        out = predictor.output(data, (part.tolist(), cls))
+        similarities.append(out.similarity[0])
+        for n, logits in zip(part, out.logits[0], strict=True):
+            results[n].probability = logits.float().sigmoid().cpu().numpy()
+    return torch.cat(similarities)
 
 
 def _agreement(logits: torch.Tensor) -> torch.Tensor:
@@ -210,9 +221,9 @@ def _lacking(predictor, pictures, results, S, cls) -> torch.Tensor:
         p = torch.stack(logits).softmax(-1)[..., word].amax(0)  # [n]
         return p.log() + 10 * sure < LACKS_CLASS
     alike = (E @ E.sum(0) - 1) / (len(E) - 1)  # [n]
-    evidence = sum(_agreement(s).log() for s in logits) + 10 * (alike + sure)
-    middle = evidence.median()
-    return (evidence < middle) & (evidence - middle / 2 < LACKS)  # a set that agrees asks for more
+    evidence = sum(_agreement(s).log() for s in logits) + 15 * alike + 10 * sure
+    middle = evidence.median()  # a set that agrees asks for more
+    return (evidence < middle) & (evidence - 0.75 * middle < LACKS)
 
 
 def _object(picture: Image.Image, result: Result, ground: Colour | None) -> Image.Image:
