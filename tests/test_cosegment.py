@@ -260,9 +260,12 @@ def test_a_picture_that_lacks_it_gets_no_mask_and_says_so(tmp_path, capsys):
     cosegment_folder(bikes[:2], tmp_path / "no", weights=shipped, cls="dog")
     said = "2 pictures: looked for dog; 2 seem to lack it (--keep-all keeps the masks)"
     assert said in capsys.readouterr().out and said in (tmp_path / "no" / "index.html").read_text()
-    *_, cat = cosegment([*bikes, cats[1]], weights=shipped)
+    *beside, cat = cosegment([*bikes, cats[1]], weights=shipped)
     assert cat.lacks and cat.confidence == 0 and not cat.mask.any()
     assert not np.asarray(cat.cutout())[..., 3].any()
+    for one, alone in zip(beside, cosegment(bikes, weights=shipped), strict=True):
+        np.testing.assert_allclose(one.probability, alone.probability, atol=1e-5)
+        assert [w for w, _ in one.words] == [w for w, _ in alone.words] == [w for w, _ in cat.words]
     *_, cat = cosegment([*bikes, cats[1]], weights=shipped, keep_all=True)
     assert not cat.lacks and cat.mask.any()
     for cls, mine, others in (("cat", cats, bikes), ("motorcycle", bikes, cats)):
