@@ -37,7 +37,7 @@ AT_ONCE = 64  # pictures in one part of a large set: ISFC compares every two of 
 EMPTY = 0.001  # a mask below this share of the picture is no object
 # Chosen by scripts/lacking.py, which prints what each costs: a set that agrees less shares nothing;
 # a picture of less evidence lacks the object, or the class that was asked for.
-COMMON, LACKS, LACKS_CLASS = 0.14, 1.5, 4.3
+COMMON, LACKS, LACKS_CLASS = 0.14, 1.9, 4.3
 KINDS = {"mask": "masks/{}.png", "cutout": "cutouts/{}.png", "overlay": "overlays/{}.jpg"}
 TOOL, PAGE = "lcco cosegment", Path(__file__).with_name("gallery.html.jinja")
 MADE = ("masks", "cutouts", "overlays", "contact_sheet.jpg", "index.html", "result.json")
@@ -157,7 +157,7 @@ def load_segmenter(weights: Path | str | None = None) -> Predictor:
 
 
 def _segment(predictor: Predictor, results: list[Result], cls: str | None, keep: bool) -> None:
-    """Fill in results; where pictures seem to lack the object, masks of the others without them."""
+    """Fill in results; of a set with pictures that seem to lack the object, without these."""
     f = predictor.features
     side = max(f.size, getattr(f.tower, "size", 0))
     pictures = [p for p in threaded(lambda r: r.read(side), results, "reading") if p]
@@ -171,7 +171,7 @@ def _segment(predictor: Predictor, results: list[Result], cls: str | None, keep:
     known = predictor.experiment and predictor.experiment.tower.kind == "conse"
     if known and not keep and (cls is not None or len(good) > 2):
         shown = ~_lacking(predictor, pictures, good, S, cls).numpy()
-        if shown.any() and not shown.all():
+        if 0 < shown.sum() < len(good) <= AT_ONCE:  # a few mislead a large set less
             _find(predictor, data, shown.nonzero()[0], good, cls)
     words = _words(predictor, S[shown] if shown.any() else S)
     agreements = _agreement(S * f.tower.logit_scale).tolist()
