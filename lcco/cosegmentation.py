@@ -171,7 +171,7 @@ def _segment(predictor: Predictor, results: list[Result], cls: str | None, keep:
     known = predictor.experiment and predictor.experiment.tower.kind == "conse"
     if known and not keep and (cls is not None or len(good) > 2):
         shown = ~_lacking(predictor, pictures, good, S, cls).numpy()
-        if 0 < shown.sum() < len(good) <= AT_ONCE:  # a few mislead a large set less
+        if 0 < shown.sum() < len(good) <= AT_ONCE:  # a large one costs a fifth more
             _find(predictor, data, shown.nonzero()[0], good, cls)
     words = _words(predictor, S[shown] if shown.any() else S)
     agreements = _agreement(S * f.tower.logit_scale).tolist()
