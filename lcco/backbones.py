@@ -139,7 +139,7 @@ def _network(name: str) -> tuple[nn.Module, list[list[nn.Module]]]:
         # a thin stem: with the usual one of 64 channels three quarters of the time would go there
         shape = {"channels": (32, 64, 128, 256), "stem_width": 8, "stem_type": "deep"}
         net = timm.models.ResNet(timm.models.resnet.BasicBlock, layers=(1, 1, 1, 1), **shape)
-        net.pretrained_cfg = dict(zip(("mean", "std"), HALF_NORM, strict=True))
+        net.pretrained_cfg = {"mean": HALF_NORM[0], "std": HALF_NORM[1]}
     else:
         net = timm.create_model(name, zero_init_last=False)
     stem = [net.conv1, net.bn1, net.act1, net.maxpool]

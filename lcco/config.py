@@ -59,7 +59,7 @@ class TowerConfig(Settings):
     weights: str | None = "openai"  # a tag of open_clip's, a file, "package", null = random
     vocabulary: Name = "coco80"  # coco80, voc20, imagenet1k, glyphs, or a text file
     templates: Annotated[Names, Field(min_length=1)] = ("a photo of a {}.",)
-    precision: Literal["no", "bf16"] = "no"  # of the images' embeddings
+    precision: Literal["no", "bf16"] = "no"  # Deviation: images embedded in bf16
 
 
 class ModelConfig(Settings):

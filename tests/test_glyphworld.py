@@ -37,10 +37,11 @@ def test_shapes_of_all_classes_differ():
         rows, columns = (np.linspace(0, n - 1, 16).round().astype(int) for n in crop.shape)
         shapes[name] = crop[np.ix_(rows, columns)]
     discs = {"radiation sign", "yin yang", "smiling face", "film reel", "sunglasses"}
-    names = [n for n in shapes if n not in discs]  # these differ inside alone
+    names = list(shapes)
     for i, a in enumerate(names):
         for b in names[:i]:
-            assert (shapes[a] != shapes[b]).mean() > 0.04, f"{a} and {b} have the same outline"
+            differ = (shapes[a] != shapes[b]).mean() > 0.04
+            assert differ or {a, b} <= discs, f"{a} and {b} have the same outline"
 
 
 def test_drawing_depends_on_its_arguments_alone():
@@ -67,7 +68,7 @@ def test_drawing_depends_on_its_arguments_alone():
     ],
 )
 def test_the_drawings_are_those_of_version_1(fold, manifest, groups, drawings):
-    """Raise VERSION with any change here: results and shipped weights hang on these pictures."""
+    """Raise VERSION if the same classes and seed draw something else: results hang on them."""
     data, found = glyphworld(fold), hashlib.sha256()
     for i in range(0, len(data), len(data) // 5):
         labels = sum(n * data.mask(i, [c]) for n, c in enumerate(CLASSES, 1))
@@ -103,7 +104,7 @@ def test_training_folds_never_show_a_test_class(fold):
     for c, items in data.groups.items():
         assert all(c in data.classes_of(i) for i in items)
     assert sum(map(len, data.groups.values())) == sum(map(len, data.scenes))
-    assert min(map(len, data.groups.values())) >= 4
+    assert min(map(len, data.groups.values())) >= {"train": 50, "holdout": 4}[fold]
 
 
 def test_test_fold_has_one_group_a_class_distractors_and_a_few_empty_masks():

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+import report
 from test_tables import LITE, main, measured, runs_of
 
 from lcco.common import LCCoError
@@ -18,15 +19,7 @@ from lcco.experiment.tables import MEASURED, ROW_FIELDS, Table, quoted_rows, wit
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture
-def report(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(str(ROOT / "workflow"))
-    import report
-
-    return report
-
-
-def test_a_written_table_is_read_again_the_same(report, tmp_path: Path):
+def test_a_written_table_is_read_again_the_same(tmp_path: Path):
     rows = pd.concat([main().rows, quoted_rows(LITE)], ignore_index=True)
     table = Table("table1_main", rows, title="Table 1", index=("row", "train_set"))
     table.write(tmp_path, runs_of(table))
@@ -44,7 +37,7 @@ def test_a_written_table_is_read_again_the_same(report, tmp_path: Path):
 @pytest.mark.parametrize(
     "folder", sorted(p.parent for p in (ROOT / "results").glob("*/table1_main.csv"))
 )
-def test_every_committed_table_is_what_its_rows_make(report, folder: Path):
+def test_every_committed_table_is_what_its_rows_make(folder: Path):
     for table in report.written_tables(folder):
         file = folder / f"{table.name}.md"
         assert file.read_text(encoding="utf-8").split() == table.markdown().split(), file
@@ -58,7 +51,7 @@ def test_every_committed_table_is_what_its_rows_make(report, folder: Path):
         assert others.str.startswith("not run: ").all()
 
 
-def test_a_profiles_page(report, tmp_path: Path):
+def test_a_profiles_page(tmp_path: Path):
     folder = tmp_path / "lite"
     table = main(index=("row",))
     table.write(folder, runs_of(table))
@@ -81,7 +74,7 @@ def test_a_profiles_page(report, tmp_path: Path):
     assert "[csv](table1_main.csv), [tex](table1_main.tex)" in text and "\n\n\n" not in text
 
 
-def test_a_page_says_which_tables_hold_other_weights_of_one_name(report, tmp_path: Path):
+def test_a_page_says_which_tables_hold_other_weights_of_one_name(tmp_path: Path):
     for name, title in (("table1_main", "One"), ("choice", "Two"), ("words", "Three")):
         rows = pd.DataFrame(measured("LCCo", [60.0], table=name))
         table = Table(name, with_paper(rows), title=title)
@@ -96,7 +89,7 @@ def test_a_page_says_which_tables_hold_other_weights_of_one_name(report, tmp_pat
     assert "one training stands in One, Three; another in Two." in text
 
 
-def test_the_index_never_averages_over_test_sets(report, tmp_path: Path):
+def test_the_index_never_averages_over_test_sets(tmp_path: Path):
     rows = []
     for test, J in (("msrc7", 80.0), ("pascal1037", 60.0)):
         for size in (2, 5):
@@ -110,7 +103,7 @@ def test_the_index_never_averages_over_test_sets(report, tmp_path: Path):
     assert all(f"{J:.1f} |" in text for J in (82, 85, 62, 65)) and " ± " not in text.split("##")[-1]
 
 
-def test_the_index_shows_profiles_beside_each_other_and_the_paper(report, tmp_path: Path):
+def test_the_index_shows_profiles_beside_each_other_and_the_paper(tmp_path: Path):
     for profile, J in (("lite", 60.0), ("embedded", 40.0)):
         rows = pd.DataFrame(measured("SAM", [J], table="table5_foundation"))
         rows = with_paper(rows.assign(profile=profile))
